@@ -1,0 +1,25 @@
+"""Find the winning ticket of a network while it trains, from inside its optimizer."""
+
+from importlib.metadata import version as _version
+
+from torch_worm_optim.optimizer import WormOptimizer as WormOptimizer
+from torch_worm_optim.search import MaskSample as MaskSample
+from torch_worm_optim.search import Phase as Phase
+from torch_worm_optim.selectors import BatchNormSelector as BatchNormSelector
+from torch_worm_optim.selectors import ParameterSelector as ParameterSelector
+from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
+from torch_worm_optim.selectors import Representative as Representative
+from torch_worm_optim.selectors import Selector as Selector
+
+__version__ = _version("torch-worm-optim")
+
+__all__ = [
+    "BatchNormSelector",
+    "MaskSample",
+    "ParameterSelector",
+    "Phase",
+    "QueryKeySelector",
+    "Representative",
+    "Selector",
+    "WormOptimizer",
+]

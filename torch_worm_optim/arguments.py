@@ -1,0 +1,43 @@
+"""Checks of arguments: the rule, the value received, the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_share(name: str, value: Any, *, below_one: bool = False) -> float:
+    """A share in [0, 1], or in [0, 1) when ``below_one``."""
+    interval = "[0, 1)" if below_one else "[0, 1]"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be a number in {interval}, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    share = float(value)
+    # Written so that NaN fails it.
+    if not (0 <= share < 1 or (share == 1 and not below_one)):
+        raise ValueError(
+            f"`{name}` must be in {interval}, got {value!r}. It is a share, not a percentage or "
+            "a count."
+        )
+    return share
+
+
+def check_count(name: str, value: Any, *, least: int) -> int:
+    """A whole number of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be a whole number, got {value!r} of type {type(value).__name__}."
+        )
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}. Pass a larger one.")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return str(value)

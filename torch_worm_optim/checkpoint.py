@@ -1,0 +1,163 @@
+"""The search as plain data inside an optimizer's ``state_dict``, and back, checked.
+
+The record holds numbers, strings, lists and one tensor, so that ``torch.load(weights_only=True)``
+reads it. It travels in the first parameter group: ``state`` and ``param_groups`` are all that
+checkpointers carry. Live groups hold its key with None, since checkpointers load into the structure
+that they find and drop a key that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torch_worm_optim.search import MaskSample, Phase
+
+RECORD_KEY = "worm"
+_VERSION = 1
+
+
+class SearchRecord(NamedTuple):
+    """All of a search that decides its future.
+
+    Attributes:
+        step: Optimizer steps taken.
+        pruned: Whether the ticket is applied and held.
+        history: All samples, oldest first.
+        window: The masks held, as :func:`~torch_worm_optim.masks.new_window` lays them out.
+    """
+
+    step: int
+    pruned: bool
+    history: list[MaskSample]
+    window: Tensor
+
+
+def with_record(
+    state_dict: dict[str, Any], search: SearchRecord, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """The base optimizer's ``state_dict`` with the search put into its first parameter group.
+
+    Args:
+        state_dict: What the base optimizer's ``state_dict()`` returned; not modified.
+        search: The search to save; its window is copied, since later masks are written into it.
+        identity: What the masks depend on, to be compared when the record is read.
+
+    Returns:
+        A new dict of the same form.
+    """
+    groups = [{**group, RECORD_KEY: None} for group in state_dict["param_groups"]]
+    groups[0][RECORD_KEY] = {
+        "version": _VERSION,
+        "step": search.step,
+        "pruned": search.pruned,
+        "history": [
+            [
+                sample.step,
+                list(sample.distances),
+                sample.max_distance,
+                sample.mean_distance,
+                sample.phase.value,
+            ]
+            for sample in search.history
+        ],
+        "window": search.window.clone(),
+        "identity": identity,
+    }
+    return {**state_dict, "param_groups": groups}
+
+
+def without_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The base optimizer's part of a ``state_dict``, and the record or None.
+
+    Args:
+        state_dict: What :func:`with_record` made, or the plain base optimizer's; not modified.
+
+    Returns:
+        The ``state_dict`` that the base optimizer loads, and the record for :func:`read_record`.
+
+    Raises:
+        ValueError: If ``state_dict`` lacks one of the two keys that every optimizer's has.
+    """
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"The checkpoint is truncated: it has no {' and no '.join(map(repr, missing))}, only "
+            f"{sorted(map(str, state_dict))}. Load what `opt.state_dict()` returned, or an "
+            "earlier checkpoint."
+        )
+    groups = state_dict["param_groups"]
+    record = next(
+        (group[RECORD_KEY] for group in groups if group.get(RECORD_KEY) is not None), None
+    )
+    plain = [{key: value for key, value in group.items() if key != RECORD_KEY} for group in groups]
+    return {**state_dict, "param_groups": plain}, record
+
+
+def read_record(
+    record: Any, *, identity: dict[str, Any], window: Tensor, n_held: int
+) -> SearchRecord:
+    """The search in a record, checked whole, so that a bad one changes nothing.
+
+    Args:
+        record: What :func:`without_record` found.
+        identity: What the masks depend on here; the record's must be equal.
+        window: The window that the masks will be copied into.
+        n_held: How many masks it holds when full.
+
+    Returns:
+        The search as it was saved.
+
+    Raises:
+        ValueError: If the record is truncated or malformed, of another version, or for other masks.
+    """
+    keys = ("version", "step", "pruned", "history", "window", "identity")
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ValueError(
+            f"The checkpoint's record of the search is truncated: it has no {', '.join(missing)}. "
+            f"Load an earlier checkpoint, or delete {RECORD_KEY!r} from its first parameter group "
+            "to start the search afresh."
+        )
+    if record["version"] != _VERSION:
+        raise ValueError(
+            f"The checkpoint's record of the search has version {record['version']}, this release "
+            f"reads {_VERSION}. Install the release of torch_worm_optim that wrote it."
+        )
+    for key, here in identity.items():
+        saved = record["identity"].get(key)
+        if saved != here:
+            raise ValueError(
+                f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, here "
+                f"it is {_brief(here)}. Build the model and WormOptimizer as they were when it "
+                "was saved."
+            )
+    if not isinstance(record["window"], Tensor) or record["window"].shape != window.shape:
+        raise ValueError(
+            f"The checkpoint's window of masks is not a tensor of shape {tuple(window.shape)}: it "
+            "is truncated or for another model. Load an earlier checkpoint."
+        )
+    try:
+        history = [
+            MaskSample(int(step), tuple(distances), largest, mean, Phase(phase))
+            for step, distances, largest, mean, phase in record["history"]
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint's history of masks cannot be read ({error}): load an earlier "
+            "checkpoint."
+        ) from error
+    if any(len(sample.distances) not in (0, n_held - 1) for sample in history):
+        raise ValueError(
+            "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
+        )
+    return SearchRecord(int(record["step"]), bool(record["pruned"]), history, record["window"])
+
+
+def _brief(value: object) -> str:
+    """A value short enough for a message."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 4:
+        return f"[{', '.join(map(repr, value[:3]))}, ... ({len(value)} in all)]"
+    return repr(value)

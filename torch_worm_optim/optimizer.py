@@ -1,0 +1,573 @@
+"""``WormOptimizer``: any torch optimizer, with a search for the ticket inside ``step()``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_worm_optim.arguments import check_choice, check_count, check_share
+from torch_worm_optim.checkpoint import (
+    RECORD_KEY,
+    SearchRecord,
+    read_record,
+    with_record,
+    without_record,
+)
+from torch_worm_optim.masks import compute_mask, magnitude_scores, new_window, newest_mask
+from torch_worm_optim.pruning import zero_removed_
+from torch_worm_optim.search import MaskSample, Phase, StoppingRule, observe_
+from torch_worm_optim.selectors import (
+    Representative,
+    Selector,
+    canonical_name,
+    default_selector,
+    select,
+)
+from torch_worm_optim.selectors.selection import check_unsharded
+from torch_worm_optim.truncation import (
+    fill_multiplier_,
+    is_normalising,
+    truncate_gradients_,
+    truncate_updates_,
+)
+from torch_worm_optim.wrapper import Closure, OptimizerWrapper
+
+logger = logging.getLogger(__name__)
+
+# A mask that this share of the entries tie for is a matter of their order more than of training.
+_MANY_TIES = 0.05
+
+
+class WormOptimizer(OptimizerWrapper):
+    r"""Wrap an optimizer so that it finds, while training, which part of the network can go.
+
+    Every ``sample_every`` steps the representative entries are ranked by magnitude and a mask is
+    drawn that removes the lowest ``prune_ratio`` of them. A window holds the last masks. When the
+    mean distance from the newest mask to the others falls under the trigger point, the entries
+    about to be pruned are truncated; when the largest falls under the stopping point, the newest
+    mask is the ticket:
+
+    .. math::
+
+        \max_j d_j < s &\;\Rightarrow\; \text{converged} \\
+        \operatorname{mean}_j d_j < s + \delta &\;\Rightarrow\; \nabla_t = r\,\nabla
+        \text{ on removed entries}
+
+    This is Algorithm 1 of the WORM paper [1]; with ``truncation=1`` it is EB Train [2], bit for
+    bit. Before the trigger point every step is the base optimizer's own, bit for bit, and after
+    convergence it costs what the base optimizer costs. In every mask **True = kept**.
+
+    Args:
+        base_optim (Optimizer): The optimizer that trains ``model``. Its ``param_groups`` and
+            ``state`` are shared, not copied.
+        model (nn.Module): The model that it trains.
+        selector (Selector, optional): Which parameters represent the network: a callable
+            ``model -> list of Representative`` (default: BatchNorm scales if there are any, else
+            query and key weights).
+        prune_ratio (float, optional): *p*, share of the representative entries that a mask removes,
+            in [0, 1) (default: 0.5).
+        stopping_point (float, optional): *s*, the largest distance in the window must be below it,
+            in [0, 1]; 0 never stops (default: 0.1).
+        margin (float, optional): *δ*, in [0, 1]: truncation starts when the mean distance is below
+            ``stopping_point + margin`` (default: 0.05).
+        window (int, optional): *l*, how many masks are compared, the newest counted; at least 2
+            (default: 5).
+        truncation (float, optional): *r*, in [0, 1]: what is left of the gradient (or update) of an
+            entry that the newest mask removes; 1 does not truncate (default: 3e-3).
+        sample_every (int or callable, optional): Optimizer steps between masks, or a callable that
+            is given the number of steps taken and says whether to draw one; None draws only when
+            :meth:`sample` is called (default: 200). Thresholds and cadence belong together: the
+            paper draws once an epoch.
+        scope (str, optional): ``"global"`` ranks all entries together, ``"layer"`` each
+            representative alone (default: ``"global"``).
+        min_keep (int, optional): Entries of each representative that always survive (default: 1).
+        truncate (str, optional): ``"gradient"`` scales what the base optimizer sees, as the paper
+            does; ``"update"`` scales what it does, which means the same under every optimizer
+            (default: ``"gradient"``).
+        trigger (str, optional): ``"distance"`` truncates from the trigger point on; ``"always"``
+            from the first mask on (default: ``"distance"``).
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a number is out of its range, nothing is selected, a parameter is selected
+            twice, or the base optimizer does not own a selected parameter. The base optimizer is
+            left as it was.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> opt = WormOptimizer(sgd, model, sample_every=5)  # instead of opt = sgd
+        >>> x, y = torch.randn(64, 4), torch.randint(2, (64,))
+        >>> while not opt.converged:
+        ...     opt.zero_grad()
+        ...     nn.functional.cross_entropy(model(x), y).backward()
+        ...     _ = opt.step()
+        >>> {name: int(mask.sum()) for name, mask in opt.final_mask.items()}
+        {'1.weight': 4}
+        >>> opt.prune()
+        >>> int(model[1].weight.count_nonzero())
+        4
+
+    References:
+        [1] Vasudev, "The EarlyBird Gets the WORM: Heuristically Accelerating EarlyBird
+        Convergence", PMLR 262, 2024, https://arxiv.org/abs/2406.11872.
+
+        [2] You et al., "Drawing Early-Bird Tickets", ICLR 2020, https://arxiv.org/abs/1909.11957.
+    """
+
+    def __init__(
+        self,
+        base_optim: Optimizer,
+        model: nn.Module,
+        selector: Selector | None = None,
+        *,
+        prune_ratio: float = 0.5,
+        stopping_point: float = 0.1,
+        margin: float = 0.05,
+        window: int = 5,
+        truncation: float = 3e-3,
+        sample_every: int | Callable[[int], bool] | None = 200,
+        scope: str = "global",
+        min_keep: int = 1,
+        truncate: str = "gradient",
+        trigger: str = "distance",
+    ) -> None:
+        if not isinstance(base_optim, Optimizer):
+            raise TypeError(
+                f"`base_optim` must be a torch.optim.Optimizer, got {type(base_optim).__name__}. "
+                "Build the optimizer first: WormOptimizer(SGD(model.parameters(), lr=0.1), model)."
+            )
+        if isinstance(base_optim, WormOptimizer):
+            raise TypeError(
+                "`base_optim` is a WormOptimizer already. Wrap the optimizer inside it: "
+                "opt.base_optim."
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        self._prune_ratio = check_share("prune_ratio", prune_ratio, below_one=True)
+        self._truncation = check_share("truncation", truncation)
+        self._rule = StoppingRule(
+            stopping_point=check_share("stopping_point", stopping_point),
+            margin=check_share("margin", margin),
+            window=check_count("window", window, least=2),
+            trigger=check_choice("trigger", trigger, ("distance", "always")),
+        )
+        self._scope = check_choice("scope", scope, ("global", "layer"))
+        self._min_keep = check_count("min_keep", min_keep, least=0)
+        self._truncate = check_choice("truncate", truncate, ("gradient", "update"))
+        if sample_every is not None and not callable(sample_every):
+            sample_every = check_count("sample_every", sample_every, least=1)
+        self._sample_every = sample_every
+        self._representatives = select(
+            default_selector if selector is None else selector,
+            model,
+            owned=[parameter for group in base_optim.param_groups for parameter in group["params"]],
+        )
+
+        super().__init__(base_optim)
+        self._model = model
+        self._steps = 0
+        self._history: list[MaskSample] = []
+        self._pruned = False
+        self._owners = self._find_owners()
+        # A meta-device model says how many entries there will be, and not yet where.
+        device = self._entries()[0].device
+        self._window = new_window(
+            sum(self._sizes()), window, "cpu" if device.type == "meta" else device
+        )
+        self._buffers: list[tuple[Tensor, ...]] | None = None
+        self._warned: set[str] = set()
+        self._hold_place()
+        if self._truncation < 1 and self._truncate == "gradient" and is_normalising(base_optim):
+            warnings.warn(
+                f"{type(base_optim).__name__} normalises gradients, so a gradient scaled by "
+                "`truncation` is scaled back within some thousand steps, and "
+                '`truncate="gradient"` loses its effect. Pass `truncate="update"` to scale what '
+                "the optimizer does instead of what it sees.",
+                stacklevel=2,
+            )
+
+    # ---- what users read
+
+    @property
+    def phase(self) -> Phase:
+        """How far the search is."""
+        if self._pruned:
+            return Phase.PRUNED
+        return self._history[-1].phase if self._history else Phase.SEARCHING
+
+    @property
+    def converged(self) -> bool:
+        """Whether the ticket is found."""
+        return self.phase.converged
+
+    @property
+    def history(self) -> list[MaskSample]:
+        """All masks drawn so far, one :class:`MaskSample` each; a copy of the list."""
+        return list(self._history)
+
+    @property
+    def final_mask(self) -> dict[str, Tensor] | None:
+        """The ticket: a bool mask by parameter name, **True = kept**; None before it is found.
+
+        Each mask has its parameter's shape; where only a part of a parameter is ranked, the other
+        entries are True. The tensors are copies.
+        """
+        return self.candidate_mask if self.converged else None
+
+    @property
+    def candidate_mask(self) -> dict[str, Tensor] | None:
+        """The newest mask in the form of :attr:`final_mask`; None before the first sample."""
+        if not self._history:
+            return None
+        masks = {}
+        for representative, mask in zip(self._representatives, self._newest_masks(), strict=True):
+            parameter = self._parameter(representative.name)
+            whole = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+            representative.entries(whole).copy_(mask)
+            masks[representative.name] = whole
+        return masks
+
+    def __repr__(self) -> str:
+        """The phase, the last distances and the base optimizer."""
+        lines = [
+            f"phase: {self.phase.value}",
+            f"step: {self._steps}",
+            f"masks drawn: {len(self._history)} (window: {self._rule.window})",
+            f"ranked entries: {self._window.shape[1]} of {len(self._representatives)} parameters",
+        ]
+        last = self._history[-1] if self._history else None
+        if last is not None and last.max_distance is not None:
+            lines += [
+                f"distances: ({', '.join(f'{distance:.4f}' for distance in last.distances)})",
+                f"max_distance: {last.max_distance:.4f} (converged below "
+                f"{self._rule.stopping_point:g})",
+                f"mean_distance: {last.mean_distance:.4f} (truncating below "
+                f"{self._rule.trigger_point:g})",
+            ]
+        lines.append("base_optim: " + repr(self.base_optim).replace("\n", "\n  "))
+        return f"{type(self).__name__} (\n  " + "\n  ".join(lines) + "\n)"
+
+    # ---- what an optimizer does
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Take one step of the base optimizer, truncated if need be, and draw a mask if one is due.
+
+        Args:
+            closure (Callable, optional): Evaluates the model and returns the loss; the gradients
+                that it leaves are what is truncated, however often the base optimizer calls it.
+
+        Returns:
+            What the base optimizer's step returns.
+
+        Raises:
+            ValueError: If a mask is due and a representative parameter is NaN or infinite. The step
+                itself was taken; the search is as it was before it.
+        """
+        if closure is None and self._only_initialises_state():
+            return self._step_base(None)
+        phase = self.phase
+        if phase is not Phase.TRUNCATING or self._truncation == 1:
+            loss = self._step_base(closure)
+        elif self._truncate == "gradient":
+            loss = self._gradient_truncated_step(closure)
+        else:
+            loss = self._update_truncated_step(closure)
+        self._steps += 1
+        if phase is Phase.PRUNED:
+            self._hold_at_zero()
+        elif not phase.converged and self._is_due():
+            self.sample()
+        return loss
+
+    def sample(self) -> MaskSample:
+        """Draw a mask from the weights as they are now, and let the search decide.
+
+        For a cadence of your own, with ``sample_every=None``: once an epoch, or after each
+        validation. Once the ticket is found nothing is drawn any more and the sample that found it
+        is returned.
+
+        Returns:
+            The new :class:`MaskSample`.
+
+        Raises:
+            ValueError: If a representative parameter is NaN or infinite; the message names it and
+                the search is left as it was.
+        """
+        phase = self.phase
+        if phase.converged:
+            return self._history[-1]
+        self._owners = self._find_owners()
+        entries = {}
+        for representative in self._representatives:
+            parameter = self._parameter(representative.name)
+            check_unsharded(representative.name, parameter)
+            entries[representative.name] = representative.entries(parameter)
+        scores = magnitude_scores(entries)
+        mask, n_tied = compute_mask(
+            scores, self._sizes(), self._prune_ratio, scope=self._scope, min_keep=self._min_keep
+        )
+        if n_tied > _MANY_TIES * scores.numel():
+            self._warn_once(
+                "ties",
+                f"{n_tied} of {scores.numel()} entries tie for the mask: they have the very same "
+                "magnitude and only their order decides which go. Freshly initialised BatchNorm "
+                "scales are all 1 and do this. Let training move them before the first mask (a "
+                "larger `sample_every`), or check that the selected parameters are trained at all.",
+            )
+        self._window = self._window.to(mask.device)
+        sample = observe_(
+            self._window, mask, step=self._steps, history=self._history, rule=self._rule
+        )
+        self._history.append(sample)
+        if sample.phase is Phase.TRUNCATING:
+            self._update_buffers()
+        else:
+            self._buffers = None
+        if sample.phase is not phase:
+            logger.info(
+                "step %d: %s -> %s (max distance %s, mean distance %s)",
+                sample.step,
+                phase.value,
+                sample.phase.value,
+                sample.max_distance,
+                sample.mean_distance,
+            )
+        return sample
+
+    def prune(self) -> None:
+        """Apply the ticket in place, and hold it through every later step.
+
+        Removed entries and those of their followers become zero, and each later :meth:`step` sets
+        them back to zero, whatever momentum and weight decay do. Parameters, their names and the
+        ``state_dict`` keys stay as they were. A second call does nothing.
+
+        Raises:
+            RuntimeError: If the ticket is not found yet.
+        """
+        phase = self.phase
+        if not phase.converged:
+            raise RuntimeError(
+                f"There is no ticket to prune with yet: the search is {phase.value} after "
+                f"{len(self._history)} masks. Train until `opt.converged`, or let it stop sooner "
+                "with a larger `stopping_point`."
+            )
+        if phase is Phase.PRUNED:
+            return
+        self._pruned = True
+        self._buffers = None
+        self._hold_at_zero()
+        logger.info("step %d: %s -> %s", self._steps, phase.value, self.phase.value)
+
+    # ---- what checkpoints hold
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state, and the search's in its first parameter group.
+
+        It loads with ``torch.load(weights_only=True)``, and into the plain base optimizer too.
+
+        Returns:
+            A dict with ``"state"`` and ``"param_groups"``, as every torch optimizer's.
+        """
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint as if training had never stopped.
+
+        What the held masks depend on (the selected parameters, ``prune_ratio``, ``scope``,
+        ``min_keep``, ``window``) must be as it was; the thresholds, ``truncation`` and the cadence
+        are those of this optimizer. A checkpoint of the plain base optimizer loads too, and the
+        search starts afresh.
+
+        Args:
+            state_dict (dict): What :meth:`state_dict` returned.
+
+        Raises:
+            TypeError: If it is not a dict.
+            ValueError: If it is truncated, or saved for other parameters or other masks; optimizer
+                and search are left as they were.
+        """
+        super().load_state_dict(state_dict)
+
+    def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        search = SearchRecord(self._steps, self._pruned, self._history, self._window)
+        return with_record(state_dict, search, self._masks_identity())
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        plain, record = without_record(state_dict)
+        # A plain checkpoint of the base optimizer has no record: the search starts afresh.
+        search = SearchRecord(0, False, [], torch.zeros_like(self._window))
+        if record is not None:
+            identity, window = self._masks_identity(), self._window
+            search = read_record(record, identity=identity, window=window, n_held=self._rule.window)
+        super()._load(plain)
+        self._steps, self._pruned, self._history = search.step, search.pruned, search.history
+        self._window.copy_(search.window)
+        self._buffers = None
+        self._hold_place()
+
+    def _masks_identity(self) -> dict[str, Any]:
+        """What the masks depend on; two searches that differ in it cannot share a window."""
+        return {
+            "parameters": [
+                canonical_name(representative.name) for representative in self._representatives
+            ],
+            "sizes": self._sizes(),
+            "prune_ratio": self._prune_ratio,
+            "scope": self._scope,
+            "min_keep": self._min_keep,
+            "window": self._rule.window,
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer; the representatives stay as they are."""
+        super().add_param_group(param_group)
+        self._hold_place()
+
+    # ---- the parts of a step
+
+    def _gradient_truncated_step(self, closure: Closure | None) -> Any:
+        if closure is None:
+            self._truncate_gradients()
+            return self._step_base(None)
+
+        def truncated_closure() -> Any:
+            # Gradients are there only after the closure, however often the base optimizer calls it.
+            with torch.enable_grad():
+                loss = closure()
+            self._truncate_gradients()
+            return loss
+
+        return self._step_base(truncated_closure)
+
+    def _truncate_gradients(self) -> None:
+        gradients = [
+            None if tensor.grad is None else representative.entries(tensor.grad)
+            for representative, tensor in self._targets()
+        ]
+        if all(gradient is None for gradient in gradients):
+            self._warn_once(
+                "no gradients",
+                "No representative parameter has a gradient at step(), so nothing is truncated. "
+                "Either they are all frozen (pass a `selector=` that names trained parameters), "
+                "or gradients are consumed before step(), as optimizers that step in backward and "
+                "sharded engines such as DeepSpeed ZeRO do, and truncation cannot reach them.",
+            )
+            return
+        multipliers = [buffers[0] for buffers in self._mask_buffers()]
+        truncate_gradients_(gradients, multipliers)
+
+    def _update_truncated_step(self, closure: Closure | None) -> Any:
+        entries, buffers = self._entries(), self._mask_buffers()
+        masks, before = [mask for mask, _ in buffers], [old for _, old in buffers]
+        torch._foreach_copy_(before, entries)
+        loss = self._step_base(closure)
+        truncate_updates_(entries, before, masks, self._truncation)
+        return loss
+
+    def _hold_at_zero(self) -> None:
+        zero_removed_(self._entries(), [removed for (removed,) in self._mask_buffers()])
+
+    def _is_due(self) -> bool:
+        if self._sample_every is None:
+            return False
+        if callable(self._sample_every):
+            return bool(self._sample_every(self._steps))
+        return self._steps % self._sample_every == 0
+
+    # ---- where things are
+
+    def _find_owners(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module that holds each parameter, and under which name there.
+
+        Parameters are looked up in their modules at every use: sharding, ``module.to()`` and
+        ``swap_tensors`` put new objects in their places. Modules change more rarely
+        (``convert_sync_batchnorm``), so they are looked up at every sample.
+        """
+        owners = {}
+        for representative in self._representatives:
+            for name in (representative.name, *representative.followers):
+                path, _, attribute = name.rpartition(".")
+                owners[name] = self._model.get_submodule(path), attribute
+        return owners
+
+    def _parameter(self, name: str) -> Tensor:
+        module, attribute = self._owners[name]
+        return getattr(module, attribute)  # type: ignore[no-any-return]
+
+    def _targets(self) -> list[tuple[Representative, Tensor]]:
+        """Every parameter that the mask reaches: each representative, then its followers."""
+        return [
+            (representative, self._parameter(name))
+            for representative in self._representatives
+            for name in (representative.name, *representative.followers)
+        ]
+
+    def _entries(self) -> list[Tensor]:
+        """The entries of each target that the mask reaches, as views."""
+        return [
+            representative.entries(parameter.detach())
+            for representative, parameter in self._targets()
+        ]
+
+    def _sizes(self) -> list[int]:
+        return [r.entries(self._parameter(r.name)).numel() for r in self._representatives]
+
+    def _newest_masks(self) -> list[Tensor]:
+        """The newest mask, cut to the shape of each representative's entries."""
+        cuts = torch.split(newest_mask(self._window), self._sizes())
+        shapes = [r.entries(self._parameter(r.name)).shape for r in self._representatives]
+        return [cut.view(shape) for cut, shape in zip(cuts, shapes, strict=True)]
+
+    def _mask_buffers(self) -> list[tuple[Tensor, ...]]:
+        """What a step needs of the newest mask, for each target in order.
+
+        What gradients are multiplied by; or the mask and room for the weights before the step; or,
+        when pruned, what is removed. They are made once and then only written to, so that a step
+        between samples allocates nothing.
+        """
+        if self._buffers is None:
+            self._update_buffers()
+        return self._buffers  # type: ignore[return-value]
+
+    def _update_buffers(self) -> None:
+        if self._buffers is None:
+            self._buffers = [self._new_buffers(entries) for entries in self._entries()]
+        masks = [
+            mask
+            for representative, mask in zip(
+                self._representatives, self._newest_masks(), strict=True
+            )
+            for _ in (representative.name, *representative.followers)
+        ]
+        for (buffer, *_), mask in zip(self._buffers, masks, strict=True):
+            if self._pruned:
+                buffer.copy_(~mask)
+            elif self._truncate == "update":
+                buffer.copy_(mask)
+            else:
+                fill_multiplier_(buffer, mask.to(buffer.device), self._truncation)
+
+    def _new_buffers(self, entries: Tensor) -> tuple[Tensor, ...]:
+        if self._pruned:
+            return (torch.empty_like(entries, dtype=torch.bool),)
+        if self._truncate == "update":
+            return torch.empty_like(entries, dtype=torch.bool), torch.empty_like(entries)
+        return (torch.empty_like(entries),)
+
+    def _hold_place(self) -> None:
+        """Keep the record's key in every parameter group, see `checkpoint`."""
+        for group in self.param_groups:
+            group.setdefault(RECORD_KEY, None)
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=2)

@@ -1,0 +1,74 @@
+"""A ticket applied to a model: removed entries become zero, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def zero_removed_(parameters: Sequence[Tensor], removed: Sequence[Tensor]) -> None:
+    """Set the removed entries of each parameter to zero, in place.
+
+    Args:
+        parameters: Parameters, or views of the ranked part of them.
+        removed: For each a bool tensor of its shape, **True = removed** (the opposite of a mask: it
+            is wanted at every step, and stored the way that it is used).
+
+    Example:
+        >>> parameter = torch.tensor([3.0, -4.0])
+        >>> zero_removed_([parameter], [torch.tensor([False, True])])
+        >>> parameter
+        tensor([3., 0.])
+    """
+    for parameter, gone in zip(parameters, removed, strict=True):
+        parameter.masked_fill_(gone, 0)
+
+
+def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
+    """Apply a ticket to a model that need not be the one it was found in, in place.
+
+    This is what a lottery-ticket experiment needs that rewinds to another set of weights. It acts
+    once: later optimizer steps may bring the entries back, where
+    :meth:`WormOptimizer.prune() <torch_worm_optim.WormOptimizer.prune>` holds them.
+
+    Args:
+        model: The model to prune.
+        ticket: Bool masks by parameter name, **True = kept**, such as ``WormOptimizer.final_mask``;
+            only the named parameters are touched.
+
+    Raises:
+        ValueError: If the ticket is for another model: it names a parameter that the model does not
+            have, or one of another shape. The model is left as it was.
+        TypeError: If a mask is not a bool tensor. The model is left as it was.
+
+    Example:
+        >>> model = nn.BatchNorm1d(3)
+        >>> apply_ticket_(model, {"weight": torch.tensor([True, False, True])})
+        >>> model.weight.data
+        tensor([1., 0., 1.])
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in ticket.items():
+        if name not in parameters:
+            raise ValueError(
+                f"The ticket is for another model: it has a mask for {name!r}, and "
+                f"{type(model).__name__} has no parameter of that name. Build the model that the "
+                "ticket was found in."
+            )
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"The mask of {name!r} must be a bool tensor with True = kept, got {kind}."
+            )
+        if mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"The ticket is for another model: its mask for {name!r} has shape "
+                f"{tuple(mask.shape)}, the parameter has {tuple(parameters[name].shape)}. Build "
+                "the model that it was found in."
+            )
+    chosen = [parameters[name] for name in ticket]
+    masks = [mask.to(p.device) for mask, p in zip(ticket.values(), chosen, strict=True)]
+    zero_removed_(chosen, [~mask for mask in masks])

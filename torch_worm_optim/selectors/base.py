@@ -1,0 +1,139 @@
+"""What a selector returns, what a selector is, and how two of them join."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+# What wrappers put into parameter names. A saved search must not depend on whether the model was
+# wrapped, and a user who writes a pattern thinks of the model as it was written.
+_WRAPPER_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "_checkpoint_wrapped_module.",
+    "_fsdp_wrapped_module.",
+)
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name without what DDP, ``torch.compile`` and checkpoint wrappers add to it.
+
+    Args:
+        name: A name as in ``model.named_parameters()``.
+
+    Returns:
+        The same name as the bare model would have it.
+
+    Example:
+        >>> canonical_name("module._orig_mod.layer1.bn.weight")
+        'layer1.bn.weight'
+    """
+    while name.startswith(_WRAPPER_PREFIXES):
+        name = name.partition(".")[2]
+    for prefix in _WRAPPER_PREFIXES[1:]:
+        name = name.replace(f".{prefix}", ".")
+    return name
+
+
+@dataclass(frozen=True)
+class Representative:
+    """A parameter, or a part of one, whose entries are ranked to draw the mask.
+
+    The ranked entries are ``parameter.view(view)[part]``; the defaults take the whole parameter. A
+    mask of them says which entries stay (``True``) and which go.
+
+    Args:
+        name: The parameter's name as in ``model.named_parameters()``.
+        followers: Names of parameters that live and die with the same unit, each of the same shape
+            as ``name``: truncation and pruning reach the same entries of them. A BatchNorm scale's
+            follower is its shift.
+        view: Shape that the parameter is viewed in before ``part`` is taken; it may only split
+            dimensions, so that the result is a view of any memory layout. ``()`` leaves the shape
+            alone.
+        part: The index of the ranked entries, one slice per leading dimension of the view. ``()``
+            is all.
+
+    Example:
+        The query and key rows of a fused projection of width 64, and the same for a layout that
+        interleaves query, key and value per head (4 heads of 16):
+
+        >>> import torch
+        >>> weight = torch.zeros(192, 64)
+        >>> Representative("blocks.0.attn.qkv.weight", part=(slice(0, 128),)).entries(weight).shape
+        torch.Size([128, 64])
+        >>> both = (slice(None), slice(0, 2))
+        >>> Representative("qkv.weight", view=(4, 3, 16, 64), part=both).entries(weight).shape
+        torch.Size([4, 2, 16, 64])
+    """
+
+    name: str
+    followers: tuple[str, ...] = ()
+    view: tuple[int, ...] = ()
+    part: tuple[slice, ...] = ()
+
+    def entries(self, tensor: Tensor) -> Tensor:
+        """The ranked entries of ``tensor``, as a view that shares its memory.
+
+        Args:
+            tensor: The parameter, a follower, or a gradient of either; any dtype and strides.
+
+        Returns:
+            A view of ``tensor``.
+        """
+        if self.view:
+            tensor = tensor.view(self.view)
+        return tensor[self.part] if self.part else tensor
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Any callable that names a model's representative parameters.
+
+    It looks at types, names and shapes only, never at values, so that it works on meta-device and
+    sharded models. The order of the list is the order in which ties are broken.
+
+    Example:
+        >>> def last_layer(model: nn.Module) -> list[Representative]:
+        ...     return [Representative("1.weight")]
+        >>> isinstance(last_layer, Selector)
+        True
+    """
+
+    def __call__(self, model: nn.Module) -> list[Representative]:
+        """The representatives of ``model``, in the order in which ties are broken."""
+        ...
+
+
+class JoinableSelector:
+    """What makes ``a | b`` of two selectors, one of which may be a plain function."""
+
+    def __or__(self: Selector, other: Selector) -> JoinedSelector:
+        """Both selections, this one first."""
+        return JoinedSelector(self, other)
+
+    def __ror__(self: Selector, other: Selector) -> JoinedSelector:
+        """Both selections, this one last."""
+        return JoinedSelector(other, self)
+
+
+@dataclass(frozen=True)
+class JoinedSelector(JoinableSelector):
+    """The representatives of ``first`` and then those of ``second``; each must find some."""
+
+    first: Selector
+    second: Selector
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        for selector in (self.first, self.second):
+            if not callable(selector):
+                raise TypeError(
+                    f"`|` joins selectors, callables model -> list of Representative, "
+                    f"got {selector!r}."
+                )
+
+    def __call__(self, model: nn.Module) -> list[Representative]:
+        """Both lists, one after the other."""
+        return [*self.first(model), *self.second(model)]

@@ -1,0 +1,68 @@
+"""BatchNorm scales: the representative parameters of convolutional networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torch_worm_optim.selectors.base import JoinableSelector, Representative
+
+
+@dataclass(frozen=True)
+class BatchNormSelector(JoinableSelector):
+    """Select the scale of every affine BatchNorm, each once, in the order of ``model.modules()``.
+
+    A BatchNorm scale multiplies a whole channel, so its magnitude ranks the channel: the idea of
+    network slimming [1], which Early-Bird search and WORM take over. All kinds count:
+    ``BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` and whatever derives from them, such as
+    timm's ``BatchNormAct2d``. A scale shared by two layers is selected once.
+
+    Args:
+        bias (bool, optional): Whether the shift follows its scale, so that truncation and pruning
+            reach both (default: True, as in the authors' published code).
+
+    Raises:
+        ValueError: When the model has no affine BatchNorm.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> BatchNormSelector()(model)
+        [Representative(name='1.weight', followers=('1.bias',), view=(), part=())]
+
+    References:
+        [1] Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV
+        2017, https://arxiv.org/abs/1708.06519.
+    """
+
+    bias: bool = True
+
+    def __call__(self, model: nn.Module) -> list[Representative]:
+        """The BatchNorm scales of ``model``."""
+        # A parameter shared by two modules has one name in named_parameters(): the first.
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        shifts_of: dict[str, list[str]] = {}
+        for module in model.modules():
+            if not isinstance(module, _BatchNorm):
+                continue
+            scale, shift = module._parameters.get("weight"), module._parameters.get("bias")
+            if scale is None:
+                continue
+            shifts = shifts_of.setdefault(names[id(scale)], [])
+            if self.bias and shift is not None and names[id(shift)] not in shifts:
+                shifts.append(names[id(shift)])
+        if not shifts_of:
+            raise ValueError(
+                "BatchNormSelector found no BatchNorm layer with a scale in "
+                f"{type(model).__name__}. Pass another `selector=`, for instance "
+                'QueryKeySelector() for transformers or ParameterSelector("*.weight").'
+            )
+        return [Representative(name, tuple(shifts)) for name, shifts in shifts_of.items()]
+
+    def finds_any(self, model: nn.Module) -> bool:
+        """Whether ``model`` has a BatchNorm with a scale."""
+        return any(
+            isinstance(m, _BatchNorm) and m._parameters.get("weight") is not None
+            for m in model.modules()
+        )

@@ -1,0 +1,71 @@
+"""Any parameters that the user names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from torch_worm_optim.selectors.base import JoinableSelector, Representative, canonical_name
+
+
+@dataclass(frozen=True)
+class ParameterSelector(JoinableSelector):
+    r"""Select parameters by name or by a rule of your own, in the order of ``named_parameters()``.
+
+    Args:
+        which: A glob such as ``"encoder.*.weight"`` (``*`` crosses dots), a compiled regular
+            expression that must match the whole name, or a predicate ``(name, parameter) -> bool``.
+            The ``module.`` that a wrapper puts before names may be left out of a pattern, and a
+            predicate never sees it.
+
+    Raises:
+        TypeError: When ``which`` is none of the three.
+        ValueError: When nothing matches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [r.name for r in ParameterSelector("*.weight")(model)]
+        ['0.weight', '2.weight']
+        >>> [r.name for r in ParameterSelector(re.compile(r"2\..*"))(model)]
+        ['2.weight', '2.bias']
+        >>> [r.name for r in ParameterSelector(lambda name, parameter: parameter.ndim == 1)(model)]
+        ['0.bias', '2.bias']
+    """
+
+    which: str | re.Pattern[str] | Callable[[str, Tensor], bool]
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        if not (isinstance(self.which, (str, re.Pattern)) or callable(self.which)):
+            raise TypeError(
+                "ParameterSelector takes a glob string, a compiled regular expression or a "
+                f"predicate (name, parameter) -> bool, got {self.which!r}."
+            )
+
+    def __call__(self, model: nn.Module) -> list[Representative]:
+        """The parameters of ``model`` that match."""
+        found = [
+            Representative(name)
+            for name, parameter in model.named_parameters()
+            if self._matches(name, parameter)
+        ]
+        if not found:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            raise ValueError(
+                f"ParameterSelector({self.which!r}) matched no parameter of "
+                f"{type(model).__name__}. Its parameters are named like {some}; `*` in a glob "
+                "matches any characters, dots included."
+            )
+        return found
+
+    def _matches(self, name: str, parameter: Tensor) -> bool:
+        bare = canonical_name(name)
+        if isinstance(self.which, str):
+            return fnmatchcase(bare, self.which) or fnmatchcase(name, self.which)
+        if isinstance(self.which, re.Pattern):
+            return bool(self.which.fullmatch(bare) or self.which.fullmatch(name))
+        return bool(self.which(bare, parameter))

@@ -1,0 +1,148 @@
+"""From a selector to representatives that an optimizer can be trusted with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torch_worm_optim.selectors.attention import QueryKeySelector
+from torch_worm_optim.selectors.base import Representative, Selector
+from torch_worm_optim.selectors.batchnorm import BatchNormSelector
+
+
+def default_selector(model: nn.Module) -> list[Representative]:
+    """BatchNorm scales if there are any, else query and key weights.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        What :class:`BatchNormSelector` or, failing that, :class:`QueryKeySelector` finds.
+
+    Raises:
+        ValueError: When the model has neither.
+
+    Example:
+        >>> default_selector(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[0].name
+        '1.weight'
+    """
+    for selector in (BatchNormSelector(), QueryKeySelector()):
+        if selector.finds_any(model):
+            return selector(model)
+    raise ValueError(
+        f"{type(model).__name__} has neither BatchNorm layers nor attention with query and key "
+        "weights, so no parameters represent it by themselves. Name them: "
+        '`selector=ParameterSelector("*.weight")`.'
+    )
+
+
+def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> list[Representative]:
+    """What a selector names, checked: it exists, can be ranked, is owned, and is named once.
+
+    Args:
+        selector: Any selector.
+        model: The model to select from.
+        owned: The parameters that the base optimizer trains.
+
+    Returns:
+        The representatives, in the selector's order.
+
+    Raises:
+        TypeError: If the selector is not callable or returns something else than representatives,
+            or a parameter is not of a floating or complex dtype.
+        ValueError: If nothing is selected, a name is unknown, a parameter is selected twice or not
+            owned, or a follower differs in shape.
+        RuntimeError: If a parameter is not materialised yet, or is sharded.
+    """
+    if not callable(selector):
+        raise TypeError(
+            "`selector` must be a callable model -> list of Representative, such as "
+            f"BatchNormSelector(), got {selector!r}."
+        )
+    representatives = list(selector(model))
+    if not representatives:
+        raise ValueError(
+            f"The selector {selector!r} found nothing in {type(model).__name__}. Pass another "
+            '`selector=`, for instance ParameterSelector("*.weight").'
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owned_ids = {id(parameter) for parameter in owned}
+    seen: dict[int, str] = {}
+    for representative in representatives:
+        if not isinstance(representative, Representative):
+            raise TypeError(
+                f"A selector returns a list of Representative, got {representative!r} in it."
+            )
+        for name in (representative.name, *representative.followers):
+            if name not in parameters:
+                close = difflib.get_close_matches(name, parameters, n=1)
+                hint = (
+                    f" Did you mean {close[0]!r}?" if close else " See `model.named_parameters()`."
+                )
+                raise ValueError(
+                    f"{type(model).__name__} has no parameter {name!r}, which was selected.{hint}"
+                )
+            _check_rankable(name, parameters[name])
+            if id(parameters[name]) not in owned_ids:
+                raise ValueError(
+                    f"The base optimizer does not own {name!r}, which was selected. Give it to "
+                    "the optimizer, or pass a `selector=` that leaves it out."
+                )
+            other = seen.setdefault(id(parameters[name]), name)
+            if (
+                other != name
+                or sum(r.name == name or name in r.followers for r in representatives) > 1
+            ):
+                alias = (
+                    ""
+                    if other == name
+                    else f" (as {other!r} and {name!r}, which are one parameter)"
+                )
+                raise ValueError(f"{name!r} is selected twice{alias}. Name each parameter once.")
+        entries = representative.entries(parameters[representative.name])
+        for follower in representative.followers:
+            if parameters[follower].shape != parameters[representative.name].shape:
+                raise ValueError(
+                    f"The follower {follower!r} has shape {tuple(parameters[follower].shape)}, "
+                    f"but {representative.name!r} has "
+                    f"{tuple(parameters[representative.name].shape)}. A mask reaches a follower "
+                    "entry by entry, so their shapes must be equal."
+                )
+        if entries.numel() == 0:
+            raise ValueError(
+                f"The selected part of {representative.name!r} is empty: {representative}."
+            )
+    return representatives
+
+
+def _check_rankable(name: str, parameter: Tensor) -> None:
+    if is_lazy(parameter):
+        raise RuntimeError(
+            f"{name!r} has no shape yet: run one batch through the model before wrapping "
+            "its optimizer."
+        )
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        raise TypeError(
+            f"{name!r} is of {parameter.dtype}: only floating and complex parameters can be ranked."
+        )
+    check_unsharded(name, parameter)
+
+
+def check_unsharded(name: str, parameter: Tensor) -> None:
+    """Raise for a sharded parameter: its local part alone would give every rank a mask of its own.
+
+    Args:
+        name: The parameter's name, for the message.
+        parameter: The parameter.
+
+    Raises:
+        RuntimeError: If the parameter is a DTensor.
+    """
+    if hasattr(parameter, "to_local"):
+        raise RuntimeError(
+            f"{name!r} is sharded (a DTensor), and this release searches replicated parameters "
+            "only. Train with DDP, where every rank draws the same masks without traffic."
+        )

@@ -1,0 +1,172 @@
+"""How to hold another optimizer so that nothing which holds an optimizer can tell the difference.
+
+Schedulers, gradient scalers, trainers and checkpointers check for ``torch.optim.Optimizer``, call
+private hooks, copy, pickle and replace methods. All that they expect of a wrapper is in this file,
+and nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+Closure = Callable[[], Any]
+
+
+class OptimizerWrapper(Optimizer):
+    """An optimizer that is another one, until a subclass says otherwise.
+
+    Args:
+        base_optim (Optimizer): The optimizer to wrap; ``param_groups``, ``state`` and ``defaults``
+            are its own, not copies.
+    """
+
+    base_optim: Optimizer
+
+    def __init__(self, base_optim: Optimizer) -> None:
+        # Optimizer.__init__ would build a second `param_groups`. Its __setstate__, made for
+        # unpickling, makes the hook dicts and patches `step` so that hooks fire, and no more.
+        self.__setstate__({"base_optim": base_optim})
+
+    # Properties, since a copied reference goes stale as soon as the base loads a checkpoint; with
+    # setters, since trainers assign to them.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optim.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.base_optim.param_groups = param_groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state, with nothing of the wrapper's in it."""
+        return self.base_optim.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optim.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_optim.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optim.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base optimizer has, such as ``train`` of schedule-free ones."""
+        # Private names stay private: GradScaler would hand its scale to a wrapper that shows a
+        # fused base's `_step_supports_amp_scaling`, and the fused base would never see it.
+        if name.startswith("_") or "base_optim" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optim, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what points back at this very object.
+
+        Its hooks, as in every torch optimizer, and the ``step`` that an LR scheduler leaves on it,
+        with which a copy would step the original model.
+        """
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key != "step" and not key.endswith("_hooks")
+        }
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Take one step of the base optimizer.
+
+        Args:
+            closure (Callable, optional): Evaluates the model and returns the loss.
+
+        Returns:
+            What the base optimizer's step returns.
+        """
+        return self._step_base(closure)
+
+    def _step_base(self, closure: Closure | None) -> Any:
+        with _global_hooks_held():
+            return self.base_optim.step() if closure is None else self.base_optim.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as the base optimizer does."""
+        self.base_optim.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer."""
+        self.base_optim.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's ``state_dict`` after :meth:`_save`, with this optimizer's hooks."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._save(self.base_optim.state_dict())
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give :meth:`_load` a ``state_dict``, with this optimizer's hooks."""
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"`state_dict` must be a dict, got {type(state_dict).__name__}.")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What to save, given what the base optimizer saves."""
+        return state_dict
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Load what was saved."""
+        self.base_optim.load_state_dict(state_dict)
+
+    def _only_initialises_state(self) -> bool:
+        """Whether a step now would be there only to create the base optimizer's state.
+
+        torch.distributed.checkpoint takes one with learning rate 0 and zero gradients before it
+        saves or loads. A warm-up from 0 has gradients, and is a step.
+        """
+        rates = [group["lr"] for group in self.param_groups if "lr" in group]
+        # A rate on an accelerator is the user's, and reading it would wait for the device.
+        on_host = all(not isinstance(rate, Tensor) or rate.device.type == "cpu" for rate in rates)
+        if not rates or not on_host or any(rates):
+            return False
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        return not any(
+            (gradient._values() if gradient.is_sparse else gradient).any()
+            for gradient in gradients
+            if gradient is not None
+        )
+
+
+@contextlib.contextmanager
+def _global_hooks_held() -> Iterator[None]:
+    """Keep the hooks of all optimizers from firing for the base: they see the wrapper's step."""
+    hooks: tuple[dict[int, Any], ...] = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    held = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, held, strict=True):
+            each.update(before)
