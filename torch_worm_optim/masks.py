@@ -68,9 +68,9 @@ class Mask(NamedTuple):
 
     Attributes:
         kept: Bool tensor of shape ``(n,)``; **True = kept**.
-        n_tied: How many entries share a threshold score that some of them survived and others did
-            not, so that their order decided and not their scores; 0 when every threshold parts
-            unequal scores.
+        n_tied: How many entries have the highest score that was removed, if some of them were kept
+            all the same, so that their order decided and not their score; else 0. In ``"layer"``
+            scope the sum over layers.
     """
 
     kept: Tensor
@@ -146,21 +146,24 @@ def compute_mask(
         ]
     )
     n_left = scores.numel() - int(quotas.sum())
-    return _remove_lowest(scores.masked_fill(set_aside, torch.inf), min(n_remove, n_left))
+    return _remove_lowest(scores, min(n_remove, n_left), set_aside)
 
 
-def _remove_lowest(scores: Tensor, count: int) -> Mask:
-    """Mask without the ``count`` lowest scores, the earlier first among equals."""
+def _remove_lowest(scores: Tensor, count: int, set_aside: Tensor | None = None) -> Mask:
+    """Mask without the ``count`` lowest scores not set aside, the earlier first among equals."""
     if count == 0:
         return Mask(torch.ones_like(scores, dtype=torch.bool), 0)
-    threshold = scores.kthvalue(count).values
-    kept = scores > threshold
-    spared = scores.numel() - count - int(kept.count_nonzero())
-    if spared == 0:
+    ranked = scores if set_aside is None else scores.masked_fill(set_aside, torch.inf)
+    threshold = ranked.kthvalue(count).values
+    kept = ranked > threshold
+    n_spared = scores.numel() - count - int(kept.count_nonzero())
+    if n_spared == 0 and set_aside is None:
         return Mask(kept, 0)
-    tied = (scores == threshold).nonzero().flatten()
-    kept[tied[tied.numel() - spared :]] = True
-    return Mask(kept, tied.numel())
+    at_threshold = (ranked == threshold).nonzero().flatten()
+    n_lost = at_threshold.numel() - n_spared
+    kept[at_threshold[n_lost:]] = True
+    n_tied = int((scores == threshold).count_nonzero())
+    return Mask(kept, n_tied if n_tied > n_lost else 0)
 
 
 def mask_distance(a: Tensor, b: Tensor) -> float:
@@ -229,8 +232,9 @@ def push_mask_(window: Tensor, mask: Tensor) -> None:
         >>> window
         tensor([[3, 1]], dtype=torch.uint8)
     """
-    for older, newer in zip(reversed(window[1:]), reversed(window[:-1]), strict=True):
-        older.bitwise_left_shift_(1).bitwise_or_(newer >> (_BITS - 1))
+    for row in range(window.shape[0] - 1, 0, -1):
+        carried = window[row - 1] >> (_BITS - 1)
+        window[row].bitwise_left_shift_(1).bitwise_or_(carried)
     window[0].bitwise_left_shift_(1).bitwise_or_(mask)
 
 

@@ -1,0 +1,19 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Hypothesis loads its own "ci" profile where CI is set; a deadline would make the suite depend on
+# how busy the machine is.
+settings.register_profile("dev", deadline=None)
+if settings.get_current_profile_name() != "ci":
+    settings.load_profile("dev")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random numbers."""
+    torch.manual_seed(0)

@@ -1,0 +1,151 @@
+"""Scaling of gradients and updates, in place, against plain arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import grad_lists, shares
+
+from torch_worm_optim.pruning import apply_ticket_, zero_removed_
+from torch_worm_optim.truncation import (
+    fill_multiplier_,
+    is_normalising,
+    truncate_gradients_,
+    truncate_updates_,
+)
+
+
+def multipliers_of(pairs, truncation):
+    """What each gradient is to be multiplied by."""
+    multipliers = []
+    for gradient, mask in pairs:
+        dtype = torch.float32 if gradient is None else gradient.dtype
+        multipliers.append(torch.empty(mask.shape, dtype=dtype))
+        fill_multiplier_(multipliers[-1], mask, truncation)
+    return multipliers
+
+
+@given(grad_lists(), shares, st.booleans())
+def test_truncation_scales_removed_entries_by_r(pairs, truncation, foreach):
+    """Kept gradients keep their bits, removed ones are r times what they were, None stays None."""
+    before = [None if gradient is None else gradient.clone() for gradient, _ in pairs]
+
+    truncate_gradients_([g for g, _ in pairs], multipliers_of(pairs, truncation), foreach=foreach)
+
+    for old, (gradient, mask) in zip(before, pairs, strict=True):
+        if gradient is not None:
+            assert torch.equal(gradient[mask], old[mask])
+            r = torch.tensor(truncation, dtype=gradient.dtype)
+            assert torch.equal(gradient[~mask], old[~mask] * r)
+
+
+@given(grad_lists(), shares)
+def test_foreach_equals_the_loop(pairs, truncation):
+    """The grouped call and the loop give the same bits in the same memory."""
+    twins = [None if gradient is None else gradient.clone() for gradient, _ in pairs]
+    storages = [None if gradient is None else gradient.data_ptr() for gradient, _ in pairs]
+    multipliers = multipliers_of(pairs, truncation)
+
+    truncate_gradients_([gradient for gradient, _ in pairs], multipliers)
+    truncate_gradients_(twins, multipliers, foreach=False)
+
+    for twin, storage, (gradient, _) in zip(twins, storages, pairs, strict=True):
+        if gradient is not None:
+            assert torch.equal(gradient, twin)
+            assert gradient.data_ptr() == storage
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), shares)
+def test_sparse_gradients_are_truncated_as_dense_ones(rows, truncation):
+    """An embedding's sparse gradient, repeated rows included, equals its dense twin."""
+    mask = torch.rand(5, 3) > 0.5
+    multiplier = torch.empty(5, 3)
+    fill_multiplier_(multiplier, mask, truncation)
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([rows]), torch.rand(len(rows), 3), (5, 3), check_invariants=True
+    )
+    dense = sparse.to_dense()
+
+    truncate_gradients_([sparse], [multiplier])
+    truncate_gradients_([dense], [multiplier])
+
+    torch.testing.assert_close(sparse.to_dense(), dense)
+
+
+@given(grad_lists(), shares)
+def test_updates_of_removed_entries_are_scaled_by_r(pairs, truncation):
+    """Kept entries keep the bits that the optimizer gave them; removed ones go r of the way."""
+    pairs = [(new, mask) for new, mask in pairs if new is not None]
+    old = [torch.linspace(-1, 1, new.numel()).view(new.shape).to(new.dtype) for new, _ in pairs]
+    after = [new.clone() for new, _ in pairs]
+
+    truncate_updates_(after, [o.clone() for o in old], [mask for _, mask in pairs], truncation)
+
+    for start, end, (new, mask) in zip(old, after, pairs, strict=True):
+        assert torch.equal(end[mask], new[mask])
+        if truncation == 0:
+            assert torch.equal(end[~mask], start[~mask])
+        if truncation == 1:
+            assert torch.equal(end[~mask], new[~mask])
+        expected = start.double() + truncation * (new.double() - start.double())
+        tolerance = 8 * torch.finfo(new.dtype).eps
+        assert (end.double() - expected)[~mask].abs().le(tolerance * 5).all()
+
+
+@given(grad_lists())
+def test_removed_entries_become_zero(pairs):
+    """Removed entries are exactly zero, even infinite ones; kept ones keep their bits."""
+    pairs = [(value, mask) for value, mask in pairs if value is not None]
+    before = [value.clone() for value, _ in pairs]
+    for value, mask in pairs:
+        value[~mask] = torch.inf
+
+    zero_removed_([value for value, _ in pairs], [~mask for _, mask in pairs])
+
+    for old, (value, mask) in zip(before, pairs, strict=True):
+        assert torch.equal(value, torch.where(mask, old, torch.zeros_like(old)))
+
+
+def test_a_ticket_for_another_model_leaves_it_alone():
+    """Unknown names, other shapes and masks that are not bool are refused before any change."""
+    model = torch.nn.BatchNorm1d(3)
+    good = torch.tensor([False, True, True])
+
+    with pytest.raises(ValueError, match="for another model: it has a mask for 'bn.weight'"):
+        apply_ticket_(model, {"weight": good, "bn.weight": good})
+    with pytest.raises(ValueError, match=r"mask for 'bias' has shape \(2,\)"):
+        apply_ticket_(model, {"weight": good, "bias": good[:2]})
+    with pytest.raises(
+        TypeError, match=r"'bias' must be a bool tensor.*got a tensor of torch\.int64"
+    ):
+        apply_ticket_(model, {"weight": good, "bias": good.long()})
+    with pytest.raises(TypeError, match="got list"):
+        apply_ticket_(model, {"weight": [False, True, True]})
+
+    assert torch.equal(model.weight, torch.ones(3))
+    apply_ticket_(model, {"weight": good})
+    assert model.weight.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("SGD", False),
+        ("ASGD", False),
+        ("LBFGS", False),
+        *[(name, True) for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop")],
+        *[(name, True) for name in ("Adagrad", "Adadelta", "Adafactor", "Rprop", "SparseAdam")],
+    ],
+)
+def test_normalising_optimizers_are_known(name, expected):
+    """Those that divide by the gradient's own size are told from those that do not."""
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    kind = getattr(torch.optim, name)
+
+    assert is_normalising(kind([torch.zeros(1, requires_grad=True)])) is expected
+    assert (
+        is_normalising(type("Mine", (kind,), {})([torch.zeros(1, requires_grad=True)])) is expected
+    )
