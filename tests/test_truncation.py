@@ -113,7 +113,7 @@ def test_a_ticket_for_another_model_leaves_it_alone():
     model = torch.nn.BatchNorm1d(3)
     good = torch.tensor([False, True, True])
 
-    with pytest.raises(ValueError, match="for another model: it has a mask for 'bn.weight'"):
+    with pytest.raises(ValueError, match=r"for another model: it has a mask for 'bn\.weight'"):
         apply_ticket_(model, {"weight": good, "bn.weight": good})
     with pytest.raises(ValueError, match=r"mask for 'bias' has shape \(2,\)"):
         apply_ticket_(model, {"weight": good, "bias": good[:2]})

@@ -1,0 +1,494 @@
+"""WormOptimizer: what training with it does, against training by hand."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import prune_ratios, scopes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import (
+    BASES,
+    SCALES,
+    SHIFTS,
+    loss_of,
+    same,
+    small_cnn,
+    train,
+    train_by_hand,
+    weights_of,
+)
+
+from torch_worm_optim import (
+    BatchNormSelector,
+    ParameterSelector,
+    Phase,
+    Representative,
+    WormOptimizer,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
+
+# A search on the small network that truncates for some masks and then converges.
+SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2}
+
+
+def wrapped(base: str = "SGD momentum", model: nn.Module | None = None, **options):
+    """A small network and its wrapped optimizer."""
+    model = small_cnn() if model is None else model
+    return model, WormOptimizer(BASES[base](model.parameters()), model, **{**SEARCH, **options})
+
+
+def at_phase(phase: Phase, **options):
+    """A search that has just reached this phase."""
+    model, opt = wrapped(**options)
+    for step in range(300):
+        if opt.phase is phase:
+            return model, opt
+        train(model, opt, range(step, step + 1))
+    raise AssertionError(f"never reached {phase}: {opt}")
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("trigger", ["distance", "always"])
+def test_training_equals_training_by_hand(base, truncate, trigger):
+    """Weights, distances and phases are those of WORM spelled out around the base optimizer."""
+    options = {"prune_ratio": 0.4, "truncation": 0.01, "truncate": truncate, "trigger": trigger}
+    # In double, so that two ways to round one formula cannot part the trajectories.
+    model, opt = wrapped(base, small_cnn(torch.double), **options)
+    train(model, opt, range(60))
+
+    twin = small_cnn(torch.double)
+    results = train_by_hand(twin, BASES[base](twin.parameters()), 60, **SEARCH, **options)
+
+    assert results == [(sample.distances, sample.phase.value) for sample in opt.history]
+    assert "truncating" in {phase for _, phase in results}
+    if truncate == "gradient":
+        assert same(weights_of(twin), weights_of(model))
+    torch.testing.assert_close(weights_of(twin), weights_of(model), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_step_before_the_trigger_is_the_base_optimizers(base):
+    """Until the first truncating mask, weights equal the base optimizer's bit for bit."""
+    model, opt = wrapped(base, margin=0.0, stopping_point=0.0)
+    plain = small_cnn()
+    train(model, opt, range(40))
+    train(plain, BASES[base](plain.parameters()), range(40))
+
+    assert len(opt.history) == 13
+    assert same(weights_of(plain), weights_of(model))
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_truncation_of_one_is_eb_train(base, truncate):
+    """With r = 1 the whole search leaves the weights as the base optimizer makes them."""
+    model, opt = wrapped(base, truncation=1, truncate=truncate, trigger="always")
+    plain = small_cnn()
+    train(model, opt, range(60))
+    train(plain, BASES[base](plain.parameters()), range(60))
+
+    assert Phase.TRUNCATING in {sample.phase for sample in opt.history}
+    assert same(weights_of(plain), weights_of(model))
+
+
+def test_after_convergence_every_step_is_the_base_optimizers():
+    """The ticket is frozen, no mask is drawn, and training goes on untouched."""
+    model, opt = at_phase(Phase.CONVERGED)
+    plain = small_cnn()
+    plain.load_state_dict(model.state_dict())
+    base = BASES["SGD momentum"](plain.parameters())
+    base.load_state_dict(copy.deepcopy(opt.base_optim.state_dict()))
+    n_masks, ticket = len(opt.history), opt.final_mask
+
+    train(model, opt, range(300, 320))
+    train(plain, base, range(300, 320))
+
+    assert same(weights_of(plain), weights_of(model))
+    assert n_masks == len(opt.history)
+    assert opt.sample() == opt.history[-1]
+    assert same(list(ticket.values()), list(opt.final_mask.values()))
+
+
+@settings(max_examples=25)
+@given(prune_ratios, scopes, st.integers(0, 2))
+def test_the_ticket_is_the_mask_of_the_weights_at_convergence(ratio, scope, min_keep):
+    """`final_mask` removes the smallest scales, and exactly as many as promised."""
+    model, opt = wrapped(
+        prune_ratio=ratio,
+        scope=scope,
+        min_keep=min_keep,
+        stopping_point=1.0,
+        sample_every=1,
+        window=3,
+    )
+    train(model, opt, range(2))
+    assert opt.final_mask is None
+    train(model, opt, range(2, 3))
+
+    ticket = opt.final_mask
+    assert list(ticket) == list(SCALES)
+    if scope == "global":
+        promised = min(round(ratio * 20), 20 - 2 * min_keep)
+    else:
+        promised = min(round(ratio * 8), 8 - min_keep) + min(round(ratio * 12), 12 - min_keep)
+    assert promised == sum(int((~mask).sum()) for mask in ticket.values())
+    for name, mask in ticket.items():
+        scale = model.get_parameter(name).detach().abs()
+        assert mask.shape == scale.shape
+        if mask.any() and not mask.all():
+            assert scale[mask].min() >= scale[~mask].max()
+
+
+def test_masks_that_are_handed_out_are_copies():
+    """Whoever writes into a mask does not write into the search."""
+    _model, opt = at_phase(Phase.CONVERGED)
+
+    opt.final_mask["1.weight"].fill_(False)
+    opt.history.clear()
+
+    assert opt.final_mask["1.weight"].any()
+    assert opt.history
+
+
+def test_the_first_mask_is_drawn_after_training_began():
+    """step() steps first and draws then, so that equal initial scales are never ranked."""
+    model, opt = wrapped(sample_every=1)
+    train(model, opt, range(1))
+
+    assert opt.history[0].step == 1
+    scales = torch.cat([model.get_parameter(name).detach().abs() for name in SCALES])
+    assert len(scales.unique()) > 1
+    assert torch.equal(
+        torch.cat(list(opt.candidate_mask.values())), scales > scales.sort().values[9]
+    )
+
+
+@pytest.mark.parametrize("sample_every", [4, lambda step: step in (2, 3, 9), None])
+def test_masks_are_drawn_when_the_schedule_says_so(sample_every):
+    """Every n steps, when a callable says so, or only by hand."""
+    model, opt = wrapped(sample_every=sample_every, stopping_point=0.0)
+    train(model, opt, range(10))
+    by_hand = opt.sample()
+
+    steps = [sample.step for sample in opt.history]
+    expected = {4: [4, 8], None: []}.get(
+        sample_every if sample_every in (4, None) else 0, [2, 3, 9]
+    )
+    assert [*expected, 10] == steps
+    assert by_hand == opt.history[-1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_truncation_reaches_followers(bias):
+    """The shift of a scale that goes is truncated with it, unless the selector leaves it out."""
+    model, opt = at_phase(
+        Phase.TRUNCATING, base="SGD", truncation=0.0, selector=BatchNormSelector(bias=bias)
+    )
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    removed = {name: ~mask for name, mask in opt.candidate_mask.items()}
+    train(model, opt, range(100, 101))
+
+    for scale, shift in zip(SCALES, SHIFTS, strict=True):
+        moved = {name: model.get_parameter(name) != before[name] for name in (scale, shift)}
+        assert not moved[scale][removed[scale]].any()
+        assert moved[scale][~removed[scale]].all()
+        assert moved[shift][removed[scale]].any() == (not bias)
+
+
+def test_part_of_a_parameter_can_be_ranked():
+    """Entries outside the part are never masked, truncated or pruned."""
+    model = small_cnn()
+    part = Representative("3.weight", view=(3, 4, 8, 3, 3), part=(slice(None), slice(1, 3)))
+    model, opt = wrapped("SGD", model, selector=lambda _: [part], truncation=0.0, trigger="always")
+    train(model, opt, range(3))
+    before = model.get_parameter("3.weight").detach().clone()
+    mask = opt.candidate_mask["3.weight"]
+    train(model, opt, range(3, 4))
+
+    assert mask.view(3, 4, -1)[:, [0, 3]].all()
+    assert int((~mask).sum()) == round(0.5 * 3 * 2 * 72)
+    after = model.get_parameter("3.weight").detach()
+    assert torch.equal((after == before), ~mask)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_pruned_entries_are_held_at_zero(base):
+    """Momentum and weight decay move nothing that is pruned, and names and objects stay."""
+    model, opt = wrapped(base, stopping_point=1.0, window=3)
+    train(model, opt, range(9))
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    opt.prune()
+    opt.prune()
+
+    for step in range(9, 30):
+        train(model, opt, range(step, step + 1))
+        for scale, shift in zip(SCALES, SHIFTS, strict=True):
+            removed = ~opt.final_mask[scale]
+            assert model.get_parameter(scale)[removed].count_nonzero() == 0
+            assert model.get_parameter(shift)[removed].count_nonzero() == 0
+            assert model.get_parameter(scale)[~removed].count_nonzero() == (~removed).sum()
+    assert opt.phase is Phase.PRUNED
+    assert opt.converged
+    assert list(model.state_dict()) == names
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+
+
+def test_pruning_before_the_ticket_raises():
+    """There is nothing to prune with, and the error says how far the search is."""
+    model, opt = wrapped()
+    before = weights_of(model)
+
+    with pytest.raises(RuntimeError, match="no ticket to prune with yet: the search is searching"):
+        opt.prune()
+
+    assert same(before, weights_of(model))
+
+
+def test_weights_that_are_nan_at_a_sample_raise_and_leave_the_search_alone():
+    """The message names the parameter; phase, history and candidate stay as they were."""
+    model, opt = at_phase(Phase.TRUNCATING)
+    history, candidate = opt.history, opt.candidate_mask
+    saved = opt.state_dict()
+    with torch.no_grad():
+        model.get_parameter("4.weight")[3] = math.nan
+
+    with pytest.raises(ValueError, match=r"'4\.weight': it has NaN or infinite entries"):
+        opt.sample()
+
+    assert history == opt.history
+    assert same(list(candidate.values()), list(opt.candidate_mask.values()))
+    assert opt.phase is Phase.TRUNCATING
+    assert torch.equal(
+        saved["param_groups"][0]["worm"]["window"],
+        opt.state_dict()["param_groups"][0]["worm"]["window"],
+    )
+
+
+def test_equal_scales_warn_once():
+    """A mask that position decides says why and what to do, one time."""
+    _model, opt = wrapped(sample_every=None)
+
+    with pytest.warns(UserWarning, match=r"20 of 20 entries tie.*BatchNorm.*`sample_every`"):
+        opt.sample()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.sample()
+
+
+def test_few_ties_do_not_warn():
+    """Where training has parted the scores, nothing is said."""
+    model, opt = wrapped(sample_every=1)
+
+    train(model, opt, range(3))
+
+
+@pytest.mark.filterwarnings("default:.*normalises gradients")
+def test_a_normalising_base_warns_for_gradients_only():
+    """Adam undoes a scaled gradient, and says so once; not for updates, and not for r = 1."""
+    model = small_cnn()
+    adam = torch.optim.Adam(model.parameters())
+
+    with pytest.warns(
+        UserWarning, match='Adam normalises gradients.*`truncate="update"`'
+    ) as caught:
+        WormOptimizer(adam, model)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WormOptimizer(adam, model, truncate="update")
+        WormOptimizer(adam, model, truncation=1)
+
+
+def test_missing_gradients_are_inert_and_warn_once_when_all_are():
+    """A frozen representative is passed over; if none has a gradient, one warning says so."""
+    model, opt = at_phase(Phase.TRUNCATING)
+    model.get_parameter("1.weight").requires_grad_(False)
+    train(model, opt, range(100, 101))
+
+    for name in (*SCALES, *SHIFTS):
+        model.get_parameter(name).requires_grad_(False)
+    with pytest.warns(UserWarning, match="No representative parameter has a gradient") as caught:
+        train(model, opt, range(101, 103))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_a_closure_is_truncated_as_gradients_are(truncate):
+    """step(closure) equals backward() and step(): truncation comes after the closure ran."""
+    plain_model, plain = wrapped(truncate=truncate, trigger="always")
+    train(plain_model, plain, range(20))
+    model, opt = wrapped(truncate=truncate, trigger="always")
+    for step in range(20):
+
+        def closure(step=step):
+            opt.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        loss = opt.step(closure=closure) if step % 2 else opt.step(closure)
+        assert loss.item() > 0
+
+    assert same(weights_of(plain_model), weights_of(model))
+    assert plain.history == opt.history
+
+
+def test_an_optimizer_that_evaluates_often_counts_one_step():
+    """LBFGS calls its closure many times; each evaluation is truncated, the step counts once."""
+    model = small_cnn()
+    opt = WormOptimizer(
+        torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4),
+        model,
+        truncation=0.0,
+        trigger="always",
+        sample_every=1,
+    )
+    evaluations = []
+    for step in range(4):
+        # LBFGS carries directions from before; pairs of them would move truncated entries too.
+        opt.state.clear()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        mask = opt.candidate_mask
+
+        def closure(step=step):
+            evaluations.append(step)
+            opt.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        if mask is not None:
+            for (name, now), then in zip(model.named_parameters(), before, strict=True):
+                if name in mask:
+                    assert torch.equal(now[~mask[name]], then[~mask[name]])
+
+    assert len(evaluations) > 4
+    assert [sample.step for sample in opt.history] == [1, 2, 3, 4]
+
+
+class _Recorder(TorchDispatchMode):
+    """Names of all operators that run, and whether one of them made new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_a_step_between_samples_allocates_nothing_and_waits_for_nothing(truncate):
+    """What truncation adds to a step are views and in-place operators, and no read-back."""
+    model, opt = at_phase(Phase.TRUNCATING, truncate=truncate, sample_every=3)
+    plain = small_cnn()
+    base = BASES["SGD momentum"](plain.parameters())
+    train(plain, base, range(2))
+    train(model, opt, range(100, 101))
+    loss_of(model, 0).backward()
+    loss_of(plain, 0).backward()
+
+    with _Recorder() as with_worm:
+        opt.step()
+    with _Recorder() as without:
+        base.step()
+
+    added = list(with_worm.operators)
+    for name in without.operators:
+        added.remove(name)
+    views = {"aten::detach", "aten::view", "aten::slice", "aten::alias"}
+    in_place = {
+        "gradient": {"aten::_foreach_mul_"},
+        "update": {"aten::_foreach_copy_", "aten::lerp_", "aten::where"},
+    }[truncate]
+    assert in_place & set(added)
+    assert {name for name in added if not name.startswith("profiler")} <= views | in_place
+
+
+def test_a_step_before_the_trigger_runs_nothing_more():
+    """While searching, a step runs the base optimizer's operators and no others."""
+    model, opt = wrapped(margin=0.0, stopping_point=0.0)
+    plain = small_cnn()
+    base = BASES["SGD momentum"](plain.parameters())
+    for each, optimizer in ((model, opt), (plain, base)):
+        train(each, optimizer, range(3))
+        loss_of(each, 3).backward()
+
+    with _Recorder() as with_worm:
+        opt.step()
+    with _Recorder() as without:
+        base.step()
+
+    # The profiler's label stands around the step of each optimizer: one more for the wrapper.
+    assert [name for name in with_worm.operators if not name.startswith("profiler")] == [
+        name for name in without.operators if not name.startswith("profiler")
+    ]
+
+
+def test_phase_changes_are_logged(caplog):
+    """Each change of phase is one INFO record; nothing is printed."""
+    with caplog.at_level(logging.INFO, logger="torch_worm_optim"):
+        _, opt = at_phase(Phase.CONVERGED)
+        opt.prune()
+
+    changes = [record.getMessage().split(": ")[1].split(" (")[0] for record in caplog.records]
+    assert changes == ["searching -> truncating", "truncating -> converged", "converged -> pruned"]
+
+
+def test_repr_tells_phase_and_distances():
+    """Whoever prints the optimizer sees how far it is."""
+    _, opt = wrapped()
+    assert "phase: searching" in repr(opt)
+    assert "max_distance" not in repr(opt)
+
+    _, opt = at_phase(Phase.TRUNCATING)
+    text = repr(opt)
+    assert "phase: truncating" in text
+    assert f"max_distance: {opt.history[-1].max_distance:.4f} (converged below 0.06)" in text
+    assert "base_optim: SGD" in text
+
+
+def test_several_devices_or_dtypes_share_one_mask():
+    """Half-precision scales beside full ones are ranked together."""
+    model = small_cnn()
+    model[4].to(torch.bfloat16)
+    opt = WormOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        ParameterSelector("*.weight"),
+        sample_every=1,
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    opt.step()
+
+    n = sum(mask.numel() for mask in opt.candidate_mask.values())
+    assert sum(int((~mask).sum()) for mask in opt.candidate_mask.values()) == round(0.5 * n)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_cuda_steps_between_samples_do_not_wait(truncate):
+    """On CUDA, a truncated step never synchronises with the host."""
+    model = small_cnn().cuda()
+    model, opt = wrapped(model=model, truncate=truncate, trigger="always", sample_every=50)
+    train(model, opt, range(51))
+    assert opt.phase is Phase.TRUNCATING
+    loss_of(model, 51).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,115 @@
+"""A small network, something to train it on, and training by hand as the paper words it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from reference import reference_mask, reference_search
+from torch import Tensor, nn
+
+BASES: dict[str, Callable[[object], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(
+        p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2
+    ),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.02),
+}
+"""Base optimizers by what they are called in test names."""
+
+
+def small_cnn(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Two convolutions with BatchNorm and a head; 20 scales. The same weights on every call."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        # Adam would blow up what rounding leaves of a gradient that BatchNorm makes zero.
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+    return model.to(dtype)
+
+
+SCALES = ("1.weight", "4.weight")
+SHIFTS = ("1.bias", "4.bias")
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """Loss on the batch of that step; a function of the step, so that any run can be resumed."""
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(16, 1, 6, 6, generator=generator).to(parameter)
+    labels = (images.mean((1, 2, 3)) * 8).round().clamp(-1, 1).long() + 1
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """The loop that everybody writes."""
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    """A copy of all parameters and buffers."""
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists of tensors are equal bit for bit."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def train_by_hand(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    n_steps: int,
+    *,
+    sample_every: int,
+    prune_ratio: float,
+    truncation: float,
+    truncate: str,
+    **rule: object,
+) -> list[tuple[tuple[float, ...], str]]:
+    """Train a :func:`small_cnn` with WORM spelled out; distances and phase of every mask drawn."""
+    parameters = dict(model.named_parameters())
+    drawn: list[list[bool]] = []
+    results: list[tuple[tuple[float, ...], str]] = []
+    for step in range(n_steps):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        truncating = bool(results) and results[-1][1] == "truncating"
+        if truncating:
+            mask = torch.tensor(drawn[-1]).split([8, 12])
+            targets = [
+                (parameters[name], kept)
+                for names in (SCALES, SHIFTS)
+                for name, kept in zip(names, mask, strict=True)
+            ]
+        if truncating and truncate == "gradient":
+            for parameter, kept in targets:
+                parameter.grad[~kept] *= truncation
+        if truncating and truncate == "update":
+            old = [parameter.detach().clone() for parameter, _ in targets]
+        optimizer.step()
+        if truncating and truncate == "update":
+            with torch.no_grad():
+                for (parameter, kept), before in zip(targets, old, strict=True):
+                    moved = before + truncation * (parameter - before)
+                    parameter[~kept] = moved[~kept]
+        if (step + 1) % sample_every == 0 and (not results or results[-1][1] != "converged"):
+            scores = [parameters[name].detach().abs().tolist() for name in SCALES]
+            drawn.append(reference_mask(scores, prune_ratio, "global", 1))
+            results = reference_search(drawn, **rule)
+    return results
