@@ -1,0 +1,275 @@
+"""Stopping and going on, copies, and checkpoints that cannot be loaded."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from training import BASES, same, small_cnn, train, weights_of
+
+from torch_worm_optim import BatchNormSelector, Phase, WormOptimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
+
+SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2}
+N_STEPS = 36
+
+
+def build(base: str = "SGD momentum", **options):
+    """A small network and its wrapped optimizer, the same on every call."""
+    model = small_cnn()
+    return model, WormOptimizer(BASES[base](model.parameters()), model, **{**SEARCH, **options})
+
+
+def through_a_file(value):
+    """What comes back from disk, read in the safe way."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def uninterrupted(base, truncate, prune_at, window):
+    """Weights, history and phase of a run that is never stopped."""
+    model, opt = build(base, truncate=truncate, window=window)
+    for step in range(N_STEPS):
+        train(model, opt, range(step, step + 1))
+        if step >= prune_at and opt.converged:
+            opt.prune()
+    return model, opt
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(sorted(BASES)),
+    st.sampled_from(["gradient", "update"]),
+    st.sets(st.integers(0, N_STEPS - 1), max_size=5),
+    st.integers(0, N_STEPS),
+    st.sampled_from([2, 4, 9]),
+)
+@example("SGD momentum", "gradient", set(range(N_STEPS)), 30, 4)
+@example("AdamW", "update", set(range(N_STEPS)), 30, 4)
+def test_stopping_and_going_on_equals_not_stopping(base, truncate, stops, prune_at, window):
+    """At whatever points a run is saved and loaded, weights, masks and history keep their bits."""
+    twin, through = uninterrupted(base, truncate, prune_at, window)
+
+    model, opt = build(base, truncate=truncate, window=window)
+    for step in range(N_STEPS):
+        if step in stops:
+            saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+            model, opt = build(base, truncate=truncate, window=window)
+            model.load_state_dict(saved["model"])
+            opt.load_state_dict(saved["opt"])
+        train(model, opt, range(step, step + 1))
+        if step >= prune_at and opt.converged:
+            opt.prune()
+
+    assert same(weights_of(twin), weights_of(model))
+    assert through.history == opt.history
+    assert through.phase is opt.phase
+    assert same(list(through.candidate_mask.values()), list(opt.candidate_mask.values()))
+
+
+def test_a_saved_state_does_not_change_under_training():
+    """The window in a state_dict is a snapshot; later masks are not written into it."""
+    model, opt = build(sample_every=1)
+    train(model, opt, range(3))
+    saved = opt.state_dict()["param_groups"][0]["worm"]
+    window = saved["window"].clone()
+    train(model, opt, range(3, 6))
+
+    assert torch.equal(window, saved["window"])
+    assert len(saved["history"]) == 3
+
+
+def test_a_plain_checkpoint_loads_and_the_search_starts_afresh():
+    """The base optimizer's own checkpoint restores its state; masks are forgotten."""
+    model, opt = build()
+    train(model, opt, range(14))
+    plain = BASES["SGD momentum"](model.parameters())
+    train(model, plain, range(2))
+
+    opt.load_state_dict(through_a_file(plain.state_dict()))
+
+    assert opt.phase is Phase.SEARCHING
+    assert opt.history == []
+    assert opt.candidate_mask is None
+    parameter = model[0].weight
+    assert torch.equal(
+        opt.state[parameter]["momentum_buffer"], plain.state[parameter]["momentum_buffer"]
+    )
+    assert all("worm" in group for group in opt.param_groups)
+
+
+def test_our_checkpoint_loads_into_the_plain_base_optimizer():
+    """Whoever goes back to the plain optimizer trains on as the wrapped one would."""
+    model, opt = build(stopping_point=1.0)
+    train(model, opt, range(14))
+    twin = small_cnn()
+    twin.load_state_dict(model.state_dict())
+    plain = BASES["SGD momentum"](twin.parameters())
+    plain.load_state_dict(through_a_file(opt.state_dict()))
+
+    train(model, opt, range(14, 20))
+    train(twin, plain, range(14, 20))
+
+    assert same(weights_of(model), weights_of(twin))
+
+
+def test_names_are_saved_without_what_wrappers_add():
+    """A search saved from a wrapped model loads into the bare one, and the other way round."""
+    inner = small_cnn()
+    model = nn.Sequential()
+    model.add_module("module", inner)
+    opt = WormOptimizer(BASES["SGD"](model.parameters()), model, **SEARCH)
+    assert opt.state_dict()["param_groups"][0]["worm"]["identity"]["parameters"] == [
+        "1.weight",
+        "4.weight",
+    ]
+
+    bare = small_cnn()
+    other = WormOptimizer(BASES["SGD"](bare.parameters()), bare, **SEARCH)
+    other.load_state_dict(opt.state_dict())
+    opt.load_state_dict(other.state_dict())
+
+
+def spoil_window(record):
+    """Cut the window short."""
+    record["window"] = record["window"][:, :7]
+
+
+def spoil_history(record):
+    """Make the last row of the history too short."""
+    record["history"][-1] = record["history"][-1][:2]
+
+
+def spoil_phase(record):
+    """Name a phase that there is not."""
+    record["history"][-1][-1] = "lost"
+
+
+def spoil_distances(record):
+    """Add a mask that was compared with fewer than the window holds."""
+    record["history"].append([1, [0.5], 0.5, 0.5, "searching"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda record: record.pop("window"), "truncated: it has no window"),
+        (lambda record: record.pop("history"), "truncated: it has no history"),
+        (lambda record: record.clear(), "truncated: it has no version, step"),
+        (lambda record: record.update(version=99), "version 99, this release reads 1"),
+        (spoil_window, r"not a tensor of shape \(1, 20\)"),
+        (spoil_history, "history of masks cannot be read"),
+        (spoil_phase, "history of masks cannot be read"),
+        (spoil_distances, "does not fit"),
+    ],
+)
+def test_a_spoilt_record_is_refused_and_changes_nothing(spoil, message):
+    """A truncated or foreign record raises, with optimizer, search and model as they were."""
+    model, opt = build()
+    train(model, opt, range(14))
+    bad = through_a_file(opt.state_dict())
+    bad["param_groups"][0]["lr"] = 77.0
+    spoil(bad["param_groups"][0]["worm"])
+    before = copy.deepcopy(opt.state_dict())
+
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(bad)
+
+    after = opt.state_dict()
+    assert before["param_groups"][0]["lr"] == after["param_groups"][0]["lr"] == 0.05
+    was, now = (each["param_groups"][0]["worm"] for each in (before, after))
+    assert torch.equal(was.pop("window"), now.pop("window"))
+    assert was == now
+
+
+@pytest.mark.parametrize("key", ["state", "param_groups"])
+def test_a_truncated_state_dict_is_refused(key):
+    """A state_dict without one of its two keys says which is missing."""
+    _, opt = build()
+    bad = opt.state_dict()
+    del bad[key]
+
+    with pytest.raises(ValueError, match=f"truncated: it has no '{key}'"):
+        opt.load_state_dict(bad)
+
+
+def test_what_is_not_a_state_dict_is_refused():
+    """Loading a path or a model is a mix-up."""
+    _, opt = build()
+
+    with pytest.raises(TypeError, match="must be a dict, got str"):
+        opt.load_state_dict("checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"prune_ratio": 0.3}, "prune_ratio"),
+        ({"window": 5}, "window"),
+        ({"scope": "layer"}, "scope"),
+        ({"min_keep": 2}, "min_keep"),
+        ({"selector": lambda model: BatchNormSelector()(model)[::-1]}, "parameters"),
+    ],
+)
+def test_masks_drawn_otherwise_are_refused(options, key):
+    """Masks of another rule cannot stand in one window with ours; the message says which."""
+    _, opt = build()
+    _, other = build(**options)
+
+    with pytest.raises(ValueError, match=f"saved for other masks: its `{key}`"):
+        opt.load_state_dict(other.state_dict())
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    """Another width is another search, even where the base optimizer would not notice."""
+    _, opt = build()
+    wide = nn.Sequential(*[copy.deepcopy(layer) for layer in small_cnn()])
+    wide[4] = nn.BatchNorm2d(24)
+    other = WormOptimizer(BASES["SGD momentum"](wide.parameters()), wide, **SEARCH)
+
+    with pytest.raises(ValueError, match="saved for other masks: its `sizes`"):
+        opt.load_state_dict(other.state_dict())
+
+
+def test_thresholds_and_cadence_are_those_of_the_loading_optimizer():
+    """Only what the held masks depend on must be the same."""
+    model, opt = build()
+    train(model, opt, range(14))
+    _, other = build(stopping_point=0.9, margin=0.0, truncation=0.5, sample_every=7)
+
+    other.load_state_dict(opt.state_dict())
+
+    assert other.history == opt.history
+
+
+def copied(pair, how):
+    """A copy of model and optimizer, made together."""
+    return copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+
+
+@pytest.mark.parametrize("with_scheduler", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_its_own_way(how, with_scheduler):
+    """A copy of model and optimizer trains the copy, as the original would, and leaves it alone."""
+    model, opt = build()
+    if with_scheduler:
+        torch.optim.lr_scheduler.StepLR(opt, 1000)
+    train(model, opt, range(14))
+
+    other_model, other = copied((model, opt), how)
+    before = weights_of(model)
+    train(other_model, other, range(14, N_STEPS))
+    assert same(before, weights_of(model))
+
+    train(model, opt, range(14, N_STEPS))
+    assert same(weights_of(model), weights_of(other_model))
+    assert opt.history == other.history

@@ -1,0 +1,235 @@
+"""Which parameters selectors name, and what happens to selections that cannot work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from training import small_cnn
+
+from torch_worm_optim import (
+    BatchNormSelector,
+    ParameterSelector,
+    QueryKeySelector,
+    Representative,
+    Selector,
+    WormOptimizer,
+)
+from torch_worm_optim.selectors import canonical_name, default_selector
+
+PREFIXES = ["module.", "_orig_mod.", "_checkpoint_wrapped_module."]
+
+
+def names(selector, model):
+    """What a selector names, in order."""
+    return [representative.name for representative in selector(model)]
+
+
+class Block(nn.Module):
+    """All kinds of BatchNorm, with and without scales, and layers that look like one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.BatchNorm1d(2)
+        self.two = nn.BatchNorm2d(2)
+        self.three = nn.BatchNorm3d(2)
+        self.sync = nn.SyncBatchNorm(2)
+        self.plain = nn.BatchNorm2d(2, affine=False)
+        self.instance = nn.InstanceNorm2d(2, affine=True)
+        self.group = nn.GroupNorm(1, 2)
+        self.layer = nn.LayerNorm(2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_kind_of_batchnorm_with_a_scale_is_selected(device, bias):
+    """1d, 2d, 3d and synchronised ones are; other norms and scales that are not there are not."""
+    selected = BatchNormSelector(bias=bias)(Block().to(device))
+
+    kinds = ("one", "two", "three", "sync")
+    assert selected == [
+        Representative(f"{kind}.weight", (f"{kind}.bias",) if bias else ()) for kind in kinds
+    ]
+
+
+def test_a_scale_shared_by_two_layers_is_selected_once():
+    """Tied parameters and modules that are used twice count once."""
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(2), "b": nn.BatchNorm1d(2)})
+    model["b"].weight = model["a"].weight
+    model["again"] = model["a"]
+
+    assert BatchNormSelector()(model) == [Representative("a.weight", ("a.bias", "b.bias"))]
+
+
+def test_parameters_are_selected_by_glob_regex_or_predicate():
+    """In the order of named_parameters(), by the names of the bare model."""
+    model = small_cnn()
+
+    assert names(ParameterSelector("?.bias"), model) == ["1.bias", "4.bias", "8.bias"]
+    assert names(ParameterSelector(re.compile(r"[13]\.weight")), model) == ["1.weight", "3.weight"]
+    assert names(ParameterSelector(lambda name, p: p.ndim == 4), model) == ["0.weight", "3.weight"]
+    assert names(ParameterSelector(re.compile("weight|1")), nn.Linear(1, 1)) == ["weight"]
+    with pytest.raises(ValueError, match=r"no parameter of Sequential.*0\.weight, 1\.weight"):
+        ParameterSelector("encoder.*")(model)
+    with pytest.raises(TypeError, match="a glob string, a compiled regular expression"):
+        ParameterSelector(3)
+
+
+@given(st.lists(st.sampled_from(PREFIXES), max_size=3), st.sampled_from(["a.weight", "w"]))
+def test_names_lose_what_wrappers_add_and_nothing_else(prefixes, name):
+    """Any stack of wrapper prefixes in front of a name is taken off."""
+    assert canonical_name("".join(prefixes) + name) == name
+    assert canonical_name(f"layer._orig_mod.{name}") == f"layer.{name}"
+    assert canonical_name(f"submodule.module.{name}") == f"submodule.module.{name}"
+
+
+def test_a_pattern_matches_through_a_wrapper():
+    """`module.` in front of every name does not hide a parameter, and is kept in what is named."""
+    model = nn.Sequential()
+    model.add_module("module", small_cnn())
+
+    assert names(ParameterSelector("1.*"), model) == ["module.1.weight", "module.1.bias"]
+    assert names(ParameterSelector("module.1.*"), model) == ["module.1.weight", "module.1.bias"]
+
+
+def test_selectors_join():
+    """`|` takes the first selection and then the second; either side may be a plain function."""
+
+    def head(model):
+        return [Representative("8.weight")]
+
+    model = small_cnn()
+    joined = head | BatchNormSelector() | ParameterSelector("0.*")
+
+    assert names(joined, model) == ["8.weight", "1.weight", "4.weight", "0.weight"]
+    assert names(BatchNormSelector() | head, model) == ["1.weight", "4.weight", "8.weight"]
+    assert isinstance(joined, Selector)
+    with pytest.raises(TypeError, match=r"`\|` joins selectors"):
+        BatchNormSelector() | "8.weight"
+
+
+def test_the_default_takes_scales_before_queries_and_keys():
+    """BatchNorm if there is any, else attention, else an error that says what to pass."""
+    attention = nn.MultiheadAttention(4, 2)
+
+    assert names(default_selector, nn.ModuleList([attention, nn.BatchNorm1d(4)])) == ["1.weight"]
+    assert names(default_selector, attention) == ["in_proj_weight"]
+    with pytest.raises(ValueError, match=r"Linear has neither BatchNorm.*ParameterSelector"):
+        default_selector(nn.Linear(2, 2))
+
+
+def test_queries_and_keys_of_known_layouts():
+    """Separate projections and MultiheadAttention, values left out unless asked for."""
+    block = nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    model = nn.ModuleDict({"attn": block, "mha": nn.MultiheadAttention(4, 2, kdim=3, vdim=5)})
+
+    assert names(QueryKeySelector(), model) == [
+        "attn.q_proj.weight",
+        "attn.k_proj.weight",
+        "mha.q_proj_weight",
+        "mha.k_proj_weight",
+    ]
+    assert len(names(QueryKeySelector(value=True), model)) == 6
+    (fused,) = QueryKeySelector(value=True)(nn.MultiheadAttention(4, 2))
+    assert fused.part == (slice(0, 12),)
+
+
+def test_a_fused_layout_that_is_not_known_is_not_guessed():
+    """The error names the module and its shape, and how to state the layout."""
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
+
+    with pytest.raises(ValueError, match=r"'attn\.qkv' of ModuleDict.*\(12, 4\).*Representative"):
+        QueryKeySelector()(model)
+    with pytest.raises(ValueError, match=r"'attn\.qkv'"):
+        default_selector(model)
+
+
+def wrap(selector, model=None, parameters=None):
+    """A WormOptimizer over a small network with this selector."""
+    model = small_cnn() if model is None else model
+    parameters = model.parameters() if parameters is None else parameters
+    return WormOptimizer(torch.optim.SGD(parameters, lr=0.1), model, selector)
+
+
+@pytest.mark.parametrize(
+    ("selector", "error", "message"),
+    [
+        ("*.weight", TypeError, r"`selector` must be a callable.*got '\*\.weight'"),
+        (lambda model: [], ValueError, "found nothing in Sequential"),
+        (lambda model: ["1.weight"], TypeError, "list of Representative, got '1.weight' in it"),
+        (lambda model: [Representative("1.wieght")], ValueError, r"Did you mean '1\.weight'"),
+        (
+            lambda model: [Representative("1.weight", ("1.gias",))],
+            ValueError,
+            r"no parameter '1\.gias'",
+        ),
+        (
+            BatchNormSelector() | ParameterSelector("1.weight"),
+            ValueError,
+            r"'1\.weight' is selected twice",
+        ),
+        (
+            BatchNormSelector() | ParameterSelector("1.bias"),
+            ValueError,
+            r"'1\.bias' is selected twice",
+        ),
+        (
+            lambda model: [Representative("0.weight", ("1.bias",))],
+            ValueError,
+            r"follower '1\.bias' has shape \(8,\), but '0\.weight' has \(8, 1, 3, 3\)",
+        ),
+        (
+            lambda model: [Representative("1.weight", part=(slice(8, 9),))],
+            ValueError,
+            r"selected part of '1\.weight' is empty",
+        ),
+        (QueryKeySelector(), ValueError, "no query and key weights in Sequential"),
+    ],
+)
+def test_selections_that_cannot_work_are_refused(selector, error, message):
+    """Each says what is wrong with which parameter; model and base optimizer stay as they were."""
+    model = small_cnn()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = base.state_dict()
+
+    with pytest.raises(error, match=message):
+        WormOptimizer(base, model, selector)
+
+    assert before == base.state_dict()
+
+
+def test_parameters_of_another_optimizer_are_refused():
+    """A representative or a follower that the base does not own is named."""
+    model = small_cnn()
+    scales = [parameter for name, parameter in model.named_parameters() if "bias" not in name]
+
+    with pytest.raises(ValueError, match=r"does not own '4\.weight'"):
+        wrap(None, model, parameters=model[:4].parameters())
+    with pytest.raises(ValueError, match=r"does not own '1\.bias'"):
+        wrap(None, model, parameters=scales)
+    wrap(BatchNormSelector(bias=False), model, parameters=scales)
+
+
+def test_one_parameter_under_two_names_is_refused():
+    """Tied weights are one parameter, and would be counted twice."""
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model[1].weight = model[0].weight
+    both = lambda _: [Representative("0.weight"), Representative("1.weight")]  # noqa: E731
+
+    with pytest.raises(ValueError, match=r"selected twice \(as '0\.weight' and '1\.weight'"):
+        wrap(both, model)
+
+
+def test_parameters_without_shape_or_magnitude_are_refused():
+    """Lazy parameters have no entries yet; integers have no gradient."""
+    lazy = nn.Sequential(nn.LazyBatchNorm1d())
+    with pytest.raises(RuntimeError, match=r"'0\.weight' has no shape yet: run one batch"):
+        wrap(None, lazy)
+    whole = nn.Module()
+    whole.weight = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(TypeError, match=r"'weight' is of torch\.int64"):
+        WormOptimizer(torch.optim.SGD([whole.weight]), whole, ParameterSelector("weight"))

@@ -1,0 +1,293 @@
+"""What schedulers, scalers, hooks and checkpointers expect of an optimizer."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from training import BASES, loss_of, same, small_cnn, train, weights_of
+
+from torch_worm_optim import Phase, WormOptimizer
+
+SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2}
+
+
+def build(make=BASES["SGD momentum"], **options):
+    """A small network and its wrapped optimizer."""
+    model = small_cnn()
+    return model, WormOptimizer(make(model.parameters()), model, **{**SEARCH, **options})
+
+
+def test_it_is_an_optimizer_that_shares_its_base():
+    """Groups, state and defaults are the base optimizer's own, also after both were replaced."""
+    model, opt = build()
+    train(model, opt, range(2))
+
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert list(inspect.signature(opt.load_state_dict).parameters) == ["state_dict"]
+    for _ in range(2):
+        for name in ("param_groups", "state", "defaults"):
+            assert getattr(opt, name) is getattr(opt.base_optim, name)
+        opt.load_state_dict(opt.state_dict())
+    opt.param_groups = groups = [dict(group) for group in opt.param_groups]
+    opt.state = state = opt.state.copy()
+    assert opt.base_optim.param_groups is groups
+    assert opt.base_optim.state is state
+
+
+def test_nothing_is_written_into_the_state_of_the_base():
+    """State is empty before the first step, so that lazy initialisation still happens."""
+    model, opt = build(lambda p: torch.optim.SGD(p, lr=0.1), sample_every=1)
+    assert len(opt.state) == 0
+    train(model, opt, range(9))
+    plain = torch.optim.SGD(small_cnn().parameters(), lr=0.1)
+    train(small_cnn(), plain, range(1))
+
+    assert opt.history
+    assert all(set(values) <= {"momentum_buffer"} for values in opt.state.values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: torch.optim.lr_scheduler.StepLR(opt, 3, gamma=0.5),
+        lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 5),
+        lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=30),
+        lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, 0.01, 0.1),
+        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, step / 5)),
+    ],
+)
+def test_schedulers_drive_the_base(make):
+    """A scheduler on the wrapper changes the rates that the base steps with, warm-ups included."""
+    model, opt = build(trigger="always", truncation=1)
+    plain_model = small_cnn()
+    plain = BASES["SGD momentum"](plain_model.parameters())
+    schedulers = make(opt), make(plain)
+    for step in range(20):
+        for each, optimizer, scheduler in zip(
+            (model, plain_model), (opt, plain), schedulers, strict=True
+        ):
+            train(each, optimizer, range(step, step + 1))
+            scheduler.step()
+
+    assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+    assert same(weights_of(plain_model), weights_of(model))
+    assert [sample.step for sample in opt.history] == list(range(3, 21, 3))[: len(opt.history)]
+
+
+def test_each_hook_sees_one_step_per_step():
+    """Hooks of wrapper, base and all optimizers fire once a step, saving and loading included."""
+    model, opt = build()
+    seen: list[str] = []
+    note = lambda what: lambda *_: seen.append(what)  # noqa: E731
+    handles = [
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
+        opt.register_step_pre_hook(note("pre")),
+        opt.register_step_post_hook(note("post")),
+        opt.base_optim.register_step_pre_hook(note("base pre")),
+        opt.base_optim.register_step_post_hook(note("base post")),
+        opt.register_state_dict_pre_hook(note("save pre")),
+        opt.register_state_dict_post_hook(note("save post")),
+        opt.register_load_state_dict_pre_hook(note("load pre")),
+        opt.register_load_state_dict_post_hook(note("load post")),
+    ]
+    try:
+        train(model, opt, range(1))
+        opt.load_state_dict(opt.state_dict())
+    finally:
+        for handle in handles:
+            handle.remove()
+    train(model, opt, range(1, 2))
+
+    assert seen == [
+        "global pre",
+        "pre",
+        "base pre",
+        "base post",
+        "post",
+        "global post",
+        "save pre",
+        "save post",
+        "load pre",
+        "load post",
+    ]
+
+
+def test_hooks_may_change_what_is_saved_and_loaded():
+    """What a state_dict hook returns is what is saved and loaded."""
+    _, opt = build()
+    opt.register_state_dict_post_hook(lambda _, saved: {**saved, "note": 1})
+    opt.register_load_state_dict_pre_hook(lambda _, saved: saved["inner"])
+
+    saved = opt.state_dict()
+    assert saved["note"] == 1
+    opt.load_state_dict({"inner": saved})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_gradient_scaling_skips_infinite_steps(fused, truncate):
+    """Under GradScaler the run equals one without it; a skipped step is no step."""
+    model, opt = build(
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=fused), truncate=truncate
+    )
+    plain_model, plain = build(
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=fused), truncate=truncate
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    assert not hasattr(opt, "_step_supports_amp_scaling")
+    for step in range(24):
+        opt.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 7:
+            model[0].weight.grad[0] = torch.inf
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+        scaler.step(opt)
+        scaler.update()
+        if step == 7:
+            loss_of(plain_model, step)  # BatchNorm saw the batch of the skipped step too.
+        else:
+            train(plain_model, plain, range(step, step + 1))
+
+    assert [sample.step for sample in opt.history] == [sample.step for sample in plain.history]
+    assert opt.history == plain.history
+    torch.testing.assert_close(weights_of(model), weights_of(plain_model), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_only_creates_state_does_not_count():
+    """Distributed checkpointing steps once with rate 0 and zero gradients; that is no step."""
+    model, opt = build(sample_every=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rate, opt.param_groups[0]["lr"] = opt.param_groups[0]["lr"], 0.0
+    opt.step(closure=None)
+    opt.param_groups[0]["lr"] = rate
+    opt.zero_grad()
+
+    assert opt.history == []
+    assert opt.state
+
+
+def test_a_warm_up_from_zero_counts():
+    """Rate 0 with real gradients is a step of training."""
+    model, opt = build(sample_every=None)
+    opt.param_groups[0]["lr"] = 0.0
+    train(model, opt, range(2))
+    opt.param_groups[0]["lr"] = 0.05
+    train(model, opt, range(2, 3))
+
+    assert opt.sample().step == 3
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("base", ["SGD", "SGD momentum", "AdamW"])
+@pytest.mark.filterwarnings("ignore:.*normalises gradients", "ignore:torch.distributed is disabled")
+def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten):
+    """Saved and loaded by torch.distributed.checkpoint, a search goes on bit for bit."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, opt = build(BASES[base])
+    train(model, opt, range(17))
+    opt.zero_grad()
+    saved = {
+        "model": model.state_dict(),
+        "opt": dcp_state.get_optimizer_state_dict(model, opt, options=options),
+    }
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+
+    other_model, other = build(BASES[base])
+    target = {
+        "model": other_model.state_dict(),
+        "opt": dcp_state.get_optimizer_state_dict(other_model, other, options=options),
+    }
+    dcp.load(target, checkpoint_id=tmp_path, no_dist=True)
+    other_model.load_state_dict(target["model"])
+    dcp_state.set_optimizer_state_dict(other_model, other, target["opt"], options=options)
+
+    assert other.history == opt.history
+    train(model, opt, range(17, 40))
+    train(other_model, other, range(17, 40))
+    assert other.history == opt.history
+    assert same(weights_of(model), weights_of(other_model))
+
+
+def test_base_only_methods_are_reachable_and_private_ones_are_not():
+    """train() and eval() of a schedule-free base are; what is not there is an AttributeError."""
+
+    class WithModes(torch.optim.SGD):
+        mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+    _, opt = build(lambda p: WithModes(p, lr=0.1))
+    opt.eval()
+
+    assert opt.base_optim.mode == opt.mode == "eval"
+    for name in ("nothing", "_private"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(opt, name)
+
+
+def test_step_can_be_replaced_and_is_a_bound_method():
+    """Profilers and schedulers put another step in its place."""
+    model, opt = build()
+    calls = []
+    assert opt.step.__func__
+    inner = opt.step
+    opt.step = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    train(model, opt, range(3))
+
+    assert len(calls) == 3
+    assert len(opt.history) == 1
+
+
+def test_groups_can_be_added():
+    """A new group is trained by the base; the ranked entries stay the same, and it can be saved."""
+    model, opt = build()
+    extra = nn.Linear(2, 2)
+    opt.add_param_group({"params": extra.parameters(), "lr": 0.5})
+    train(model, opt, range(9))
+
+    assert len(opt.param_groups) == 2
+    assert opt.base_optim.param_groups[1]["lr"] == 0.5
+    opt.load_state_dict(opt.state_dict())
+    assert len(opt.history) == 3
+
+
+def test_parameters_that_were_replaced_are_found():
+    """New parameter objects under the old names, as sharding and dtype changes make, are used."""
+    model, opt = build(stopping_point=1.0, window=2, sample_every=1)
+    replaced = {}
+    for module in model:
+        for name, parameter in list(module.named_parameters()):
+            replaced[parameter] = nn.Parameter(parameter.detach().clone())
+            setattr(module, name, replaced[parameter])
+    for group in opt.param_groups:
+        group["params"] = [replaced[parameter] for parameter in group["params"]]
+    train(model, opt, range(2))
+    opt.prune()
+
+    assert opt.phase is Phase.PRUNED
+    assert int(model[1].weight.count_nonzero() + model[4].weight.count_nonzero()) == 10
+
+
+def test_zero_grad_is_the_bases():
+    """Gradients become None, or zero when asked."""
+    model, opt = build()
+    loss_of(model, 0).backward()
+    opt.zero_grad(set_to_none=False)
+    assert model[0].weight.grad.count_nonzero() == 0
+    opt.zero_grad()
+    assert model[0].weight.grad is None
