@@ -13,6 +13,10 @@ if settings.get_current_profile_name() != "ci":
     settings.load_profile("dev")
 
 
+# Tensors here are tiny: threads would only wait for each other, for minutes on a busy machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same random numbers."""

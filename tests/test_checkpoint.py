@@ -218,6 +218,7 @@ def test_what_is_not_a_state_dict_is_refused():
         ({"scope": "layer"}, "scope"),
         ({"min_keep": 2}, "min_keep"),
         ({"selector": lambda model: BatchNormSelector()(model)[::-1]}, "parameters"),
+        ({"selector": BatchNormSelector(bias=False)}, "followers"),
     ],
 )
 def test_masks_drawn_otherwise_are_refused(options, key):

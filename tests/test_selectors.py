@@ -64,6 +64,13 @@ def test_a_scale_shared_by_two_layers_is_selected_once():
 
     assert BatchNormSelector()(model) == [Representative("a.weight", ("a.bias", "b.bias"))]
 
+    shared_shift = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
+    shared_shift[1].bias = shared_shift[0].bias
+    assert BatchNormSelector()(shared_shift) == [
+        Representative("0.weight", ("0.bias",)),
+        Representative("1.weight"),
+    ]
+
 
 def test_parameters_are_selected_by_glob_regex_or_predicate():
     """In the order of named_parameters(), by the names of the bare model."""
@@ -186,6 +193,11 @@ def wrap(selector, model=None, parameters=None):
             lambda model: [Representative("1.weight", part=(slice(8, 9),))],
             ValueError,
             r"selected part of '1\.weight' is empty",
+        ),
+        (
+            lambda model: [Representative("1.weight", view=(3, 2))],
+            ValueError,
+            r"'1\.weight' has shape \(8,\), which does not fit .*view=\(3, 2\)",
         ),
         (QueryKeySelector(), ValueError, "no query and key weights in Sequential"),
     ],

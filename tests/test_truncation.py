@@ -129,6 +129,15 @@ def test_a_ticket_for_another_model_leaves_it_alone():
     assert model.weight.tolist() == [0, 1, 1]
 
 
+def test_a_ticket_fits_a_model_that_is_wrapped_otherwise():
+    """The prefixes of wrappers do not make another model."""
+    model = torch.nn.BatchNorm1d(3)
+
+    apply_ticket_(model, {"module._orig_mod.weight": torch.tensor([False, True, True])})
+
+    assert model.weight.tolist() == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

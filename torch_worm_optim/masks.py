@@ -179,7 +179,7 @@ def mask_distance(a: Tensor, b: Tensor) -> float:
         b: Mask of the same shape and device.
 
     Returns:
-        The distance in [0, 1]: one division of two integers.
+        The distance in [0, 1], one division of two integers.
 
     Raises:
         ValueError: If the shapes differ.

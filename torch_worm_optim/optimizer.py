@@ -215,7 +215,7 @@ class WormOptimizer(OptimizerWrapper):
 
     @property
     def final_mask(self) -> dict[str, Tensor] | None:
-        """The ticket: a bool mask by parameter name, **True = kept**; None before it is found.
+        """The ticket, a bool mask by parameter name, **True = kept**; None before it is found.
 
         Each mask has its parameter's shape; where only a part of a parameter is ranked, the other
         entries are True. The tensors are copies.
@@ -280,10 +280,12 @@ class WormOptimizer(OptimizerWrapper):
             loss = self._gradient_truncated_step(closure)
         else:
             loss = self._update_truncated_step(closure)
-        self._steps += 1
         if phase is Phase.PRUNED:
             self._hold_at_zero()
-        elif not phase.converged and self._is_due():
+        if self._window.is_cuda and torch.cuda.is_current_stream_capturing():
+            return loss  # The step was recorded, not taken: replaying it runs no Python.
+        self._steps += 1
+        if not phase.converged and self._is_due():
             self.sample()
         return loss
 
@@ -416,9 +418,9 @@ class WormOptimizer(OptimizerWrapper):
     def _masks_identity(self) -> dict[str, Any]:
         """What the masks depend on; two searches that differ in it cannot share a window."""
         return {
-            "parameters": [
-                canonical_name(representative.name) for representative in self._representatives
-            ],
+            "parameters": [canonical_name(each.name) for each in self._representatives],
+            "followers": [[canonical_name(f) for f in r.followers] for r in self._representatives],
+            "parts": [f"{each.view}{each.part}" for each in self._representatives],
             "sizes": self._sizes(),
             "prune_ratio": self._prune_ratio,
             "scope": self._scope,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from torch_worm_optim.selectors.base import canonical_name
+
 
 @torch.no_grad()
 def zero_removed_(parameters: Sequence[Tensor], removed: Sequence[Tensor]) -> None:
@@ -37,7 +39,8 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
     Args:
         model: The model to prune.
         ticket: Bool masks by parameter name, **True = kept**, such as ``WormOptimizer.final_mask``;
-            only the named parameters are touched.
+            only the named parameters are touched. What DDP or ``torch.compile`` adds to names is
+            ignored on both sides.
 
     Raises:
         ValueError: If the ticket is for another model: it names a parameter that the model does not
@@ -50,7 +53,11 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
         >>> model.weight.data
         tensor([1., 0., 1.])
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {
+        canonical_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    ticket = {canonical_name(name): mask for name, mask in ticket.items()}
     for name, mask in ticket.items():
         if name not in parameters:
             raise ValueError(

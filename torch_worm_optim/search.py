@@ -15,13 +15,13 @@ from torch_worm_optim.masks import push_mask_, window_distances
 class Phase(Enum):
     """How far the search is; it only ever moves forward."""
 
-    # Masks are drawn; nothing else differs from the base optimizer.
+    #: Masks are drawn; nothing else differs from the base optimizer.
     SEARCHING = "searching"
-    # Entries that the newest mask removes have their gradients or updates truncated.
+    #: Entries that the newest mask removes have their gradients or updates truncated.
     TRUNCATING = "truncating"
-    # The ticket is frozen; sampling and truncation have stopped.
+    #: The ticket is frozen; sampling and truncation have stopped.
     CONVERGED = "converged"
-    # The ticket is applied: removed entries are held at zero.
+    #: The ticket is applied: removed entries are held at zero.
     PRUNED = "pruned"
 
     @property

@@ -43,6 +43,7 @@ class BatchNormSelector(JoinableSelector):
         # A parameter shared by two modules has one name in named_parameters(): the first.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         shifts_of: dict[str, list[str]] = {}
+        followed: set[int] = set()  # a shift shared by two layers follows the first of their scales
         for module in model.modules():
             if not isinstance(module, _BatchNorm):
                 continue
@@ -50,7 +51,8 @@ class BatchNormSelector(JoinableSelector):
             if scale is None:
                 continue
             shifts = shifts_of.setdefault(names[id(scale)], [])
-            if self.bias and shift is not None and names[id(shift)] not in shifts:
+            if self.bias and shift is not None and id(shift) not in followed:
+                followed.add(id(shift))
                 shifts.append(names[id(shift)])
         if not shifts_of:
             raise ValueError(

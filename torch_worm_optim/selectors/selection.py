@@ -20,7 +20,8 @@ def default_selector(model: nn.Module) -> list[Representative]:
         model: Any model.
 
     Returns:
-        What :class:`BatchNormSelector` or, failing that, :class:`QueryKeySelector` finds.
+        What :class:`~torch_worm_optim.BatchNormSelector` or, failing that,
+        :class:`~torch_worm_optim.QueryKeySelector` finds.
 
     Raises:
         ValueError: When the model has neither.
@@ -102,7 +103,7 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
                     else f" (as {other!r} and {name!r}, which are one parameter)"
                 )
                 raise ValueError(f"{name!r} is selected twice{alias}. Name each parameter once.")
-        entries = representative.entries(parameters[representative.name])
+        _check_part(representative, parameters[representative.name])
         for follower in representative.followers:
             if parameters[follower].shape != parameters[representative.name].shape:
                 raise ValueError(
@@ -111,11 +112,22 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
                     f"{tuple(parameters[representative.name].shape)}. A mask reaches a follower "
                     "entry by entry, so their shapes must be equal."
                 )
-        if entries.numel() == 0:
-            raise ValueError(
-                f"The selected part of {representative.name!r} is empty: {representative}."
-            )
     return representatives
+
+
+def _check_part(representative: Representative, parameter: Tensor) -> None:
+    try:
+        n_entries = representative.entries(parameter).numel()
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{representative.name!r} has shape {tuple(parameter.shape)}, which does not fit "
+            f"{representative}: {error}"
+        ) from error
+    if n_entries == 0:
+        raise ValueError(
+            f"The selected part of {representative.name!r} is empty: {representative} takes "
+            f"nothing of shape {tuple(parameter.shape)}."
+        )
 
 
 def _check_rankable(name: str, parameter: Tensor) -> None:

@@ -1,0 +1,447 @@
+"""Find the winning ticket of a CNN while it trains, with WORM and with EB Train, side by side.
+
+Both searches start from the same weights and see the same batches. Each network is trained until
+its ticket is found, pruned, and trained on; the table compares what that cost and what was left.
+
+    python examples/find_ticket.py        # 8x8 digits, nothing to download
+    python examples/find_ticket.py --data cifar10 --data-dir data
+    python examples/find_ticket.py --data cifar10 --data-dir data --model vgg11_bn --seeds 7
+
+Needs `pip install "torch-worm-optim[examples]"`, and torchvision for downloading CIFAR-10 (timm
+brings it). Writes results.json, ticket.pt and two pictures into --out. Exits with 1 when a search
+runs out of epochs before its rule is met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import timm
+import torch
+from timm.models import VGG, ResNet
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torch_worm_optim import MaskSample, Phase, WormOptimizer
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+COLORS = {"EB Train": "tab:orange", "WORM": "tab:blue"}
+
+
+@dataclass
+class Data:
+    """Images of shape (N, C, H, W), scaled to mean 0 and deviation 1, and labels, on one device."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mirrored: bool  # whether a mirror image shows the same class
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order; where classes allow it, half of the images are mirrored."""
+        order = torch.randperm(len(self.train_labels), generator=generator)
+        # A last batch of one image has no variance for BatchNorm to divide by.
+        for chosen in order[: self.steps(size) * size].split(size):
+            images = self.train_images[chosen.to(self.train_images.device)]
+            if self.mirrored:
+                flip = torch.rand(len(chosen), generator=generator).to(images.device) < 0.5
+                images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+            yield images, self.train_labels[chosen.to(images.device)]
+
+    def steps(self, size: int) -> int:
+        """Batches in an epoch."""
+        return len(self.train_labels) // size
+
+
+@dataclass
+class Run:
+    """What one search of one seed came to."""
+
+    method: str
+    seed: int
+    found: bool
+    search_epochs: int
+    search_seconds: float
+    accuracy: dict[str, float]
+    history: list[MaskSample]
+    steps_per_epoch: int
+    ticket: dict[str, Tensor]
+
+
+def load_digits(args: argparse.Namespace) -> tuple[np.ndarray, ...]:
+    """Scikit-learn's 1,797 images of handwritten digits, every fourth one for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (bunch.images[:, None] * (255 / 16)).astype(np.uint8)
+    test = np.arange(len(images)) % 4 == 3
+    return images[~test], bunch.target[~test], images[test], bunch.target[test]
+
+
+def load_cifar10(args: argparse.Namespace) -> tuple[np.ndarray, ...]:
+    """CIFAR-10 from a .npz with xtr, ytr, xte, yte if there is one, else through torchvision."""
+    if args.data_dir is None:
+        raise SystemExit(
+            "--data cifar10 needs --data-dir DIR: a .npz with xtr, ytr, xte, yte, a folder that "
+            "holds one, or a folder that torchvision may download CIFAR-10 to."
+        )
+    packed = (
+        [args.data_dir] if args.data_dir.suffix == ".npz" else sorted(args.data_dir.glob("*.npz"))
+    )
+    if packed:
+        with np.load(packed[0]) as arrays:
+            return tuple(arrays[name] for name in ("xtr", "ytr", "xte", "yte"))
+    from torchvision.datasets import CIFAR10
+
+    halves = [CIFAR10(args.data_dir, train=train, download=True) for train in (True, False)]
+    return tuple(array for half in halves for array in (half.data, np.array(half.targets)))
+
+
+def load(args: argparse.Namespace) -> Data:
+    """The data set that was asked for, on the device."""
+    arrays = {"digits": load_digits, "cifar10": load_cifar10}[args.data](args)
+    train_images, train_labels, test_images, test_labels = (torch.from_numpy(a) for a in arrays)
+    if args.limit:
+        train_images, train_labels = train_images[: args.limit], train_labels[: args.limit]
+    if train_images.shape[-1] in (1, 3):  # torchvision keeps colours last
+        train_images, test_images = (x.permute(0, 3, 1, 2) for x in (train_images, test_images))
+    mean = train_images.float().mean((0, 2, 3), keepdim=True)
+    deviation = train_images.float().std((0, 2, 3), keepdim=True)
+    return Data(
+        ((train_images - mean) / deviation).to(args.device),
+        train_labels.long().to(args.device),
+        ((test_images - mean) / deviation).to(args.device),
+        test_labels.long().to(args.device),
+        mirrored=args.data == "cifar10",
+    )
+
+
+def build(args: argparse.Namespace, data: Data, seed: int) -> nn.Module:
+    """A timm network; for a seed always the same weights."""
+    torch.manual_seed(seed)
+    n_channels, side = data.train_images.shape[1], data.train_images.shape[-1]
+    n_classes = int(data.train_labels.max()) + 1
+    options = {}
+    if args.width != 1:
+        options["channels"] = tuple(int(width * args.width) for width in (64, 128, 256, 512))
+    model = timm.create_model(
+        args.model,
+        in_chans=n_channels,
+        num_classes=n_classes,
+        pretrained=args.pretrained,
+        **options,
+    )
+    if args.stem == "cifar" and isinstance(model, ResNet):
+        # A stem made for 224 pixels divides the side by four before the first block.
+        model.conv1 = nn.Conv2d(n_channels, model.conv1.out_channels, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    elif args.stem == "cifar" and isinstance(model, VGG):
+        # Five poolings and a 7x7 classifier want 224 pixels; as many stay as the side allows.
+        pools = [i for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
+        for i in pools[max(0, side.bit_length() - 1) :]:
+            model.features[i] = nn.Identity()
+        model.pre_logits = nn.Identity()
+        model.head.fc = nn.Linear(512, n_classes)
+    if not args.pretrained:
+        # timm starts the last scale of every residual branch at 0, which a ranking by magnitude
+        # takes for unimportance: most branches would go before they had a chance.
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+    return model.to(args.device)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Share of test images that are classified right."""
+    model.eval()
+    pairs = zip(data.test_images.split(500), data.test_labels.split(500), strict=True)
+    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+    model.train()
+    return right / len(data.test_labels)
+
+
+def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tqdm) -> tuple:
+    """Train until the ticket is found; the network, its optimizer, and what is known so far."""
+    model = build(args, data, seed)
+    steps = data.steps(args.batch_size)
+    sgd = torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    # The one line that changes. EB Train is WORM that truncates nothing.
+    opt = WormOptimizer(
+        sgd,
+        model,
+        prune_ratio=args.prune_ratio,
+        stopping_point=args.stopping_point,
+        margin=args.margin,
+        window=args.window,
+        truncation=args.truncation if method == "WORM" else 1,
+        sample_every=args.sample_every or steps,
+        scope=args.scope,
+        min_keep=args.min_keep,
+        truncate=args.truncate,
+        trigger=args.trigger,
+    )
+    order = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    epochs = 0
+    while not opt.converged and epochs < args.max_epochs:
+        train_epoch(args, model, opt, data, order, bar)
+        epochs += 1
+        if opt.history and opt.history[-1].max_distance is not None:
+            bar.set_postfix(max_distance=f"{opt.history[-1].max_distance:.3f}", refresh=False)
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+    run = Run(
+        method=method,
+        seed=seed,
+        found=opt.converged,
+        search_epochs=epochs,
+        search_seconds=time.perf_counter() - start,
+        accuracy={"before pruning": accuracy(model, data)},
+        history=opt.history,
+        steps_per_epoch=steps,
+        ticket=opt.final_mask if opt.converged else opt.candidate_mask or {},
+    )
+    return model, opt, order, run
+
+
+def train_epoch(args, model, opt, data: Data, order: torch.Generator, bar: tqdm) -> None:
+    """The loop that everybody writes."""
+    for images, labels in data.batches(args.batch_size, order):
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        opt.step()
+        bar.update()
+
+
+def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
+    """Both searches of one seed, pruned and trained on to the same number of epochs."""
+    searched = []
+    for method in COLORS:
+        with tqdm(desc=f"seed {seed}, {method}: search", unit="step") as bar:
+            searched.append(search(args, data, method, seed, bar))
+    runs = [run for *_, run in searched]
+    # The method that stops first has trained less: it may train on until both have had as much.
+    total = max(run.search_epochs for run in runs) + args.retrain_epochs
+    for model, opt, order, run in searched:
+        if not run.found:
+            continue
+        opt.prune()
+        run.accuracy["after pruning"] = accuracy(model, data)
+        epochs = total - run.search_epochs
+        n_steps = epochs * run.steps_per_epoch
+        with tqdm(desc=f"seed {seed}, {run.method}: retrain", total=n_steps, unit="step") as bar:
+            for epoch in range(1, epochs + 1):
+                train_epoch(args, model, opt, data, order, bar)
+                if epoch in (1, args.retrain_epochs):
+                    run.accuracy[f"{epoch} epoch{'s' * (epoch > 1)} retrained"] = accuracy(
+                        model, data
+                    )
+        run.accuracy["at equal epochs"] = accuracy(model, data)
+    return runs
+
+
+def table(runs: list[Run]) -> str:
+    """Both methods side by side, means over seeds with the deviation where there are several."""
+
+    def cell(values: list[float], form: str) -> str:
+        if not values:
+            return "-"
+        spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+        return format(statistics.mean(values), form) + spread
+
+    rows = [["", *COLORS]]
+    by_method = [[run for run in runs if run.method == method and run.found] for method in COLORS]
+    rows.append(
+        ["epochs to the ticket", *[cell([r.search_epochs for r in m], ".1f") for m in by_method]]
+    )
+    rows.append(
+        ["seconds to the ticket", *[cell([r.search_seconds for r in m], ".1f") for m in by_method]]
+    )
+    for key in max((run.accuracy for run in runs), key=len):
+        values = [[100 * run.accuracy[key] for run in m] for m in by_method]
+        rows.append([f"accuracy {key}, %", *[cell(v, ".2f") for v in values]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_trajectory(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
+    """Largest and mean distance over training, the paper's Figure 1 for both methods."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for run in runs:
+        color, alone = COLORS[run.method], run.seed == runs[0].seed
+        samples = [s for s in run.history if s.max_distance is not None]
+        epochs = [s.step / run.steps_per_epoch for s in samples]
+        look = {"color": color, "linewidth": 2 if alone else 0.8, "alpha": 1 if alone else 0.4}
+        label = run.method if alone else None
+        axes.plot(
+            epochs, [s.max_distance for s in samples], label=label and f"{label}, largest", **look
+        )
+        axes.plot(
+            epochs,
+            [s.mean_distance for s in samples],
+            label=label and f"{label}, mean",
+            linestyle="--",
+            **look,
+        )
+        if run.found and samples:
+            axes.plot(epochs[-1], samples[-1].max_distance, "*", color=color, markersize=13)
+        truncating = [s for s in samples if s.phase is Phase.TRUNCATING]
+        if run.method == "WORM" and truncating:
+            first = truncating[0]
+            axes.plot(first.step / run.steps_per_epoch, first.mean_distance, "o", color=color)
+    axes.axhline(args.stopping_point, color="0.3", linewidth=1)
+    axes.axhline(args.stopping_point + args.margin, color="0.3", linewidth=1, linestyle=":")
+    right = axes.get_xlim()[1]
+    for height, text in (
+        (args.stopping_point, "stopping point: largest below"),
+        (args.stopping_point + args.margin, "trigger point: mean below"),
+    ):
+        axes.annotate(text, (right, height), ha="right", va="bottom", fontsize=8, color="0.3")
+    axes.set(xlabel="epoch", ylabel="mask distance", title=title(args))
+    axes.set_ylim(bottom=0)
+    axes.plot([], [], "*", color="0.4", markersize=11, label="ticket found")
+    axes.plot([], [], "o", color="0.4", label="truncation starts")
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_channels(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
+    """Which channels of which layer go, for both methods of the first seed."""
+    shown = [run for run in runs if run.seed == runs[0].seed and run.ticket]
+    names = list(shown[0].ticket)
+    figure, panels = plt.subplots(
+        1,
+        len(shown),
+        figsize=(5.5 * len(shown), 1.2 + 0.24 * len(names)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for run, axes in zip(shown, panels[0], strict=True):
+        for row, mask in enumerate(run.ticket.values()):
+            kept = mask.cpu().numpy()
+            # Layers differ in width by a factor of ten: each fills the row.
+            edges = np.linspace(0, 1, len(kept) + 1)
+            axes.pcolormesh(
+                edges, [row - 0.4, row + 0.4], kept[None], cmap="Blues", vmin=-0.15, vmax=1.3
+            )
+            axes.annotate(
+                f"{(~kept).sum()} of {len(kept)}",
+                (1.01, row),
+                va="center",
+                fontsize=7,
+                annotation_clip=False,
+            )
+        axes.set(xlim=(0, 1), xticks=[], title=f"{run.method}: channels that go (light)")
+        axes.spines[:].set_visible(False)
+    panels[0][0].set_yticks(range(len(names)), names, fontsize=7)
+    panels[0][0].invert_yaxis()
+    figure.suptitle(title(args), fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def title(args: argparse.Namespace) -> str:
+    """What was run, in a line."""
+    return (
+        f"{args.model} on {args.data}, p = {args.prune_ratio:g}, window {args.window}, "
+        f"r = {args.truncation:g} ({args.truncate})"
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Arguments; those of the search have the paper's values as defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", choices=["digits", "cifar10"], default="digits", help="what to train on")
+    add("--data-dir", type=Path, help="where CIFAR-10 is, or may be downloaded to")
+    add("--model", default="resnet18", help="any timm CNN with BatchNorm")
+    add("--stem", choices=["cifar", "original"], default="cifar", help="of ResNets and VGGs")
+    add("--width", type=float, default=1.0, help="multiplies the channels of a ResNet")
+    add("--pretrained", action="store_true", help="start from timm's ImageNet weights")
+    add("--limit", type=int, help="train on the first LIMIT images only")
+    add("--seeds", type=int, default=1, help="number of seeds, counted from 0")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("runs/find_ticket"), help="folder for results")
+    add("--lr", type=float, default=0.01, help="learning rate of SGD")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=float, default=0.0, help="weight decay of SGD")
+    add("--batch-size", type=int, default=32, help="images in a batch")
+    add("--max-epochs", type=int, default=60, help="give up the search after so many")
+    add("--retrain-epochs", type=int, default=3, help="epochs after pruning, at least")
+    add("--prune-ratio", type=float, default=0.5, help="p: share of channels to remove")
+    add("--stopping-point", type=float, default=0.1, help="s: converged when all are below")
+    add(
+        "--margin",
+        type=float,
+        default=0.05,
+        help="delta: truncation starts below s + delta",
+    )
+    add("--window", type=int, default=5, help="l: masks compared, the newest counted")
+    add("--truncation", type=float, default=3e-3, help="r: what is left of a gradient")
+    add("--sample-every", type=int, help="steps between masks (default: an epoch)")
+    add("--scope", choices=["global", "layer"], default="global", help="what is ranked together")
+    add("--min-keep", type=int, default=1, help="channels of each layer that always stay")
+    add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")
+    add("--trigger", choices=["distance", "always"], default="distance", help="when to truncate")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Search, prune, retrain, compare."""
+    args = parse()
+    args.device = torch.device(args.device)
+    data = load(args)
+    runs = [run for seed in range(args.seeds) for run in compare(args, data, seed)]
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot_trajectory(runs, args, args.out / "trajectory.png")
+    plot_channels(runs, args, args.out / "channels.png")
+    torch.save([run.ticket for run in runs], args.out / "ticket.pt")
+    results = {
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "runs": [
+            {
+                name: value
+                for name, value in asdict(run).items()
+                if name not in ("history", "ticket")
+            }
+            | {"distances": [[s.step, s.max_distance, s.mean_distance] for s in run.history]}
+            for run in runs
+        ],
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"\n{title(args)}, {args.seeds} seed(s)\n\n{table(runs)}\n\nPictures are in {args.out}/.")
+
+    lost = [f"{run.method}, seed {run.seed}" for run in runs if not run.found]
+    if lost:
+        print(
+            f"\nNo ticket within {args.max_epochs} epochs: {'; '.join(lost)}. Raise --max-epochs or "
+            "--stopping-point, or draw masks more often with --sample-every.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
