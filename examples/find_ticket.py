@@ -436,8 +436,8 @@ def main() -> None:
     lost = [f"{run.method}, seed {run.seed}" for run in runs if not run.found]
     if lost:
         print(
-            f"\nNo ticket within {args.max_epochs} epochs: {'; '.join(lost)}. Raise --max-epochs or "
-            "--stopping-point, or draw masks more often with --sample-every.",
+            f"\nNo ticket within {args.max_epochs} epochs: {'; '.join(lost)}. Raise --max-epochs "
+            "or --stopping-point, or draw masks more often with --sample-every.",
             file=sys.stderr,
         )
         sys.exit(1)
