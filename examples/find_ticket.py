@@ -307,14 +307,15 @@ def plot_trajectory(runs: list[Run], args: argparse.Namespace, path: Path) -> No
             axes.plot(first.step / run.steps_per_epoch, first.mean_distance, "o", color=color)
     axes.axhline(args.stopping_point, color="0.3", linewidth=1)
     axes.axhline(args.stopping_point + args.margin, color="0.3", linewidth=1, linestyle=":")
-    right = axes.get_xlim()[1]
     for height, text in (
-        (args.stopping_point, "stopping point: largest below"),
-        (args.stopping_point + args.margin, "trigger point: mean below"),
+        (args.stopping_point, "stopping point:\nlargest below"),
+        (args.stopping_point + args.margin, "trigger point:\nmean below"),
     ):
-        axes.annotate(text, (right, height), ha="right", va="bottom", fontsize=8, color="0.3")
+        at = ("axes fraction", "data")
+        axes.annotate(text, (1.01, height), xycoords=at, va="center", fontsize=8, color="0.3")
     axes.set(xlabel="epoch", ylabel="mask distance", title=title(args))
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot([], [], "*", color="0.4", markersize=11, label="ticket found")
     axes.plot([], [], "o", color="0.4", label="truncation starts")
     axes.legend(fontsize=8)
