@@ -13,6 +13,15 @@ if settings.get_current_profile_name() != "ci":
     settings.load_profile("dev")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option for the test that is too long for every day."""
+    parser.addoption(
+        "--every-timm-model",
+        action="store_true",
+        help="check BatchNormSelector on every model that timm has (some minutes)",
+    )
+
+
 # Tensors here are tiny: threads would only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
 

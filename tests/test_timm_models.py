@@ -31,17 +31,22 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_scale_of_a_timm_model_is_selected_once(name):
+def pytest_generate_tests(metafunc):
+    """A few families, or with --every-timm-model all that timm has."""
+    if "name_of_any" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_timm_model")
+        metafunc.parametrize("name_of_any", timm.list_models() if every else FAMILIES)
+
+
+def test_each_scale_of_a_timm_model_is_selected_once(name_of_any):
     """On the meta device, every affine BatchNorm of whatever class, and nothing else."""
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name_of_any)
     scales = [
         module.weight
         for module in model.modules()
-        if "batchnorm" in type(module).__mro__[-3].__name__.lower()
-        or any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
-        if getattr(module, "weight", None) is not None
+        if any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
     ]
     if not scales:
         with pytest.raises(ValueError, match="found no BatchNorm layer"):
