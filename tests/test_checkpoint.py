@@ -257,6 +257,8 @@ def copied(pair, how):
     return copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
 
 
+# Before 2.6, torch warned of its own way to unpickle a tensor.
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")
 @pytest.mark.parametrize("with_scheduler", [False, True])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_its_own_way(how, with_scheduler):
