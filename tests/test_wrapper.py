@@ -190,7 +190,7 @@ def test_a_warm_up_from_zero_counts():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("base", ["SGD", "SGD momentum", "AdamW"])
-@pytest.mark.filterwarnings("ignore:.*normalises gradients", "ignore:torch.distributed is")
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself here, otherwise in each release
 def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten):
     """Saved and loaded by torch.distributed.checkpoint, a search goes on bit for bit."""
     dcp = pytest.importorskip("torch.distributed.checkpoint")
