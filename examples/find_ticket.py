@@ -228,11 +228,16 @@ def train_epoch(args, model, opt, data: Data, order: torch.Generator, bar: tqdm)
         bar.update()
 
 
+def progress(what: str, n_steps: int | None = None) -> tqdm:
+    """A bar that counts steps; nothing where nobody looks at a terminal."""
+    return tqdm(desc=what, total=n_steps, unit="step", disable=None)
+
+
 def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
     """Both searches of one seed, pruned and trained on to the same number of epochs."""
     searched = []
     for method in COLORS:
-        with tqdm(desc=f"seed {seed}, {method}: search", unit="step") as bar:
+        with progress(f"seed {seed}, {method}: search") as bar:
             searched.append(search(args, data, method, seed, bar))
     runs = [run for *_, run in searched]
     # The method that stops first has trained less: it may train on until both have had as much.
@@ -244,7 +249,7 @@ def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
         run.accuracy["after pruning"] = accuracy(model, data)
         epochs = total - run.search_epochs
         n_steps = epochs * run.steps_per_epoch
-        with tqdm(desc=f"seed {seed}, {run.method}: retrain", total=n_steps, unit="step") as bar:
+        with progress(f"seed {seed}, {run.method}: retrain", n_steps) as bar:
             for epoch in range(1, epochs + 1):
                 train_epoch(args, model, opt, data, order, bar)
                 if epoch in (1, args.retrain_epochs):
