@@ -119,6 +119,8 @@ def load(args: argparse.Namespace) -> Data:
         train_images, test_images = (x.permute(0, 3, 1, 2) for x in (train_images, test_images))
     mean = train_images.float().mean((0, 2, 3), keepdim=True)
     deviation = train_images.float().std((0, 2, 3), keepdim=True)
+    if len(train_labels) < args.batch_size:
+        raise SystemExit(f"{len(train_labels)} images do not fill a batch of {args.batch_size}.")
     return Data(
         ((train_images - mean) / deviation).to(args.device),
         train_labels.long().to(args.device),
@@ -241,7 +243,7 @@ def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
             searched.append(search(args, data, method, seed, bar))
     runs = [run for *_, run in searched]
     # The method that stops first has trained less: it may train on until both have had as much.
-    total = max(run.search_epochs for run in runs) + args.retrain_epochs
+    total = max((r.search_epochs for r in runs if r.found), default=0) + args.retrain_epochs
     for model, opt, order, run in searched:
         if not run.found:
             continue
@@ -278,7 +280,7 @@ def table(runs: list[Run]) -> str:
         ["seconds to the ticket", *[cell([r.search_seconds for r in m], ".1f") for m in by_method]]
     )
     for key in max((run.accuracy for run in runs), key=len):
-        values = [[100 * run.accuracy[key] for run in m] for m in by_method]
+        values = [[100 * run.accuracy[key] for run in m if key in run.accuracy] for m in by_method]
         rows.append([f"accuracy {key}, %", *[cell(v, ".2f") for v in values]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
@@ -332,6 +334,8 @@ def plot_trajectory(runs: list[Run], args: argparse.Namespace, path: Path) -> No
 def plot_channels(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
     """Which channels of which layer go, for both methods of the first seed."""
     shown = [run for run in runs if run.seed == runs[0].seed and run.ticket]
+    if not shown:
+        return  # the search was over before its first mask
     names = list(shown[0].ticket)
     figure, panels = plt.subplots(
         1,

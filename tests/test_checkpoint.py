@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from training import BASES, same, small_cnn, train, weights_of
 
-from torch_worm_optim import BatchNormSelector, Phase, WormOptimizer
+from torch_worm_optim import BatchNormSelector, Phase, Representative, WormOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
 
@@ -105,6 +105,9 @@ def test_a_plain_checkpoint_loads_and_the_search_starts_afresh():
         opt.state[parameter]["momentum_buffer"], plain.state[parameter]["momentum_buffer"]
     )
     assert all("worm" in group for group in opt.param_groups)
+    assert not opt.state_dict()["param_groups"][0]["worm"]["window"].any()
+    train(model, opt, range(3))
+    assert [sample.step for sample in opt.history] == [3]
 
 
 def test_our_checkpoint_loads_into_the_plain_base_optimizer():
@@ -166,6 +169,8 @@ def spoil_distances(record):
         (lambda record: record.pop("history"), "truncated: it has no history"),
         (lambda record: record.clear(), "truncated: it has no version, step"),
         (lambda record: record.update(version=99), "version 99, this release reads 1"),
+        (lambda record: record.update(step=None), "cannot be read"),
+        (lambda record: record.update(identity=None), "saved for other masks"),
         (spoil_window, r"not a tensor of shape \(1, 20\)"),
         (spoil_history, "history of masks cannot be read"),
         (spoil_phase, "history of masks cannot be read"),
@@ -180,9 +185,11 @@ def test_a_spoilt_record_is_refused_and_changes_nothing(spoil, message):
     bad["param_groups"][0]["lr"] = 77.0
     spoil(bad["param_groups"][0]["worm"])
     before = copy.deepcopy(opt.state_dict())
+    opt.register_load_state_dict_pre_hook(lambda _, saved: saved.update(note=1))
 
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(bad)
+    assert "note" not in bad
 
     after = opt.state_dict()
     assert before["param_groups"][0]["lr"] == after["param_groups"][0]["lr"] == 0.05
@@ -219,6 +226,7 @@ def test_what_is_not_a_state_dict_is_refused():
         ({"min_keep": 2}, "min_keep"),
         ({"selector": lambda model: BatchNormSelector()(model)[::-1]}, "parameters"),
         ({"selector": BatchNormSelector(bias=False)}, "followers"),
+        ({"selector": lambda _: [Representative("8.weight", part=(slice(0, 2),))]}, "parameters"),
     ],
 )
 def test_masks_drawn_otherwise_are_refused(options, key):
@@ -228,6 +236,38 @@ def test_masks_drawn_otherwise_are_refused(options, key):
 
     with pytest.raises(ValueError, match=f"saved for other masks: its `{key}`"):
         opt.load_state_dict(other.state_dict())
+
+
+def test_another_part_of_the_same_size_is_refused():
+    """Two parts of one parameter are two searches, however alike their sizes."""
+    parts = [slice(0, 1), slice(1, 2)]
+    one, other = (
+        build(selector=lambda _, part=part: [Representative("8.weight", part=(part,))])[1]
+        for part in parts
+    )
+
+    with pytest.raises(ValueError, match="saved for other masks: its `parts`"):
+        one.load_state_dict(other.state_dict())
+
+
+def test_loading_while_truncating_truncates_by_the_loaded_mask():
+    """The multipliers of the mask before are not used with the mask that was loaded."""
+    options = {"truncation": 0.0, "trigger": "always", "stopping_point": 0.0}
+    model, opt = build("SGD", **options)
+    train(model, opt, range(3))
+    saved = copy.deepcopy(opt.state_dict())
+    mask = opt.candidate_mask["1.weight"]
+    with torch.no_grad():
+        model[1].weight.copy_(model[1].weight.flip(0))
+    opt.sample()
+    train(model, opt, range(3, 4))
+    assert not torch.equal(mask, opt.candidate_mask["1.weight"])
+
+    opt.load_state_dict(saved)
+    before = model[1].weight.detach().clone()
+    train(model, opt, range(4, 5))
+
+    assert torch.equal(model[1].weight.detach() == before, ~mask)
 
 
 def test_a_checkpoint_of_another_model_is_refused():
@@ -266,12 +306,15 @@ def test_a_copy_goes_its_own_way(how, with_scheduler):
     model, opt = build()
     if with_scheduler:
         torch.optim.lr_scheduler.StepLR(opt, 1000)
+    steps = []
+    opt.register_step_post_hook(lambda *_: steps.append(1))
     train(model, opt, range(14))
 
     other_model, other = copied((model, opt), how)
     before = weights_of(model)
     train(other_model, other, range(14, N_STEPS))
     assert same(before, weights_of(model))
+    assert len(steps) == 14  # hooks stay with the original, as those of torch's optimizers do
 
     train(model, opt, range(14, N_STEPS))
     assert same(weights_of(model), weights_of(other_model))

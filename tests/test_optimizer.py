@@ -309,9 +309,10 @@ def test_a_normalising_base_warns_for_gradients_only():
         WormOptimizer(adam, model, truncation=1)
 
 
-def test_missing_gradients_are_inert_and_warn_once_when_all_are():
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_missing_gradients_are_inert_and_warn_once_when_all_are(truncate):
     """A frozen representative is passed over; if none has a gradient, one warning says so."""
-    model, opt = at_phase(Phase.TRUNCATING)
+    model, opt = at_phase(Phase.TRUNCATING, truncate=truncate)
     model.get_parameter("1.weight").requires_grad_(False)
     train(model, opt, range(100, 101))
 
@@ -375,6 +376,103 @@ def test_an_optimizer_that_evaluates_often_counts_one_step():
 
     assert len(evaluations) > 4
     assert [sample.step for sample in opt.history] == [1, 2, 3, 4]
+
+
+def test_a_schedule_is_not_asked_after_convergence():
+    """Once the ticket is found nothing is drawn, and nobody asks whether to."""
+    asked = []
+    model, opt = wrapped(
+        sample_every=lambda step: asked.append(step) or True, stopping_point=1.0, window=2
+    )
+    train(model, opt, range(6))
+
+    assert asked == [1, 2]
+
+
+def test_a_search_may_start_on_the_meta_device():
+    """Wrapped before its weights exist, a network is searched once they do."""
+    with torch.device("meta"):
+        model = small_cnn()
+    opt = WormOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sample_every=1)
+    model.to_empty(device="cpu")
+    model.load_state_dict(small_cnn().state_dict())
+    opt.param_groups[0]["params"] = list(model.parameters())
+    train(model, opt, range(3))
+
+    assert len(opt.history) == 3
+
+
+def test_the_default_device_does_not_matter():
+    """With another default device masks are drawn where the weights are."""
+    model, opt = wrapped(sample_every=1, scope="layer", stopping_point=0.0)
+    torch.set_default_device("meta")
+    try:
+        for _ in range(6):
+            for parameter in model.parameters():
+                parameter.grad = torch.rand(parameter.shape, device="cpu")
+            opt.step()
+    finally:
+        torch.set_default_device(None)
+
+    assert len(opt.history[-1].distances) == 3
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_masks_may_be_drawn_in_inference_mode(truncate):
+    """A mask drawn in inference mode, after validation, leaves nothing that is read-only."""
+    model, opt = wrapped(truncate=truncate, trigger="always", sample_every=None, stopping_point=0.0)
+    for step in range(4):
+        train(model, opt, range(step, step + 1))
+        with torch.inference_mode():
+            opt.sample()
+        train(model, opt, range(step, step + 1))
+        opt.sample()
+
+    assert len(opt.history) == 8
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_the_dtype_may_change_while_truncating(truncate):
+    """What a step keeps of a mask follows the parameters to another dtype, and keeps the mask."""
+    model, opt = at_phase(Phase.TRUNCATING, base="SGD", truncate=truncate, truncation=0.0)
+    mask = opt.candidate_mask["1.weight"]
+    train(model, opt, range(100, 101))
+    model.double()
+    before = model.get_parameter("1.weight").detach().clone()
+    train(model, opt, range(101, 102))
+
+    assert torch.equal(model.get_parameter("1.weight").detach() == before, ~mask)
+
+
+@pytest.mark.parametrize("phase", [Phase.TRUNCATING, Phase.PRUNED])
+def test_modules_that_were_replaced_are_found(phase):
+    """A new module under an old name is truncated, and held at zero, from the next step on."""
+    model, opt = at_phase(Phase.TRUNCATING, base="SGD", truncation=0.0)
+    if phase is Phase.PRUNED:
+        model, opt = at_phase(Phase.CONVERGED, base="SGD", truncation=0.0)
+        opt.prune()
+    mask = opt.candidate_mask["1.weight"]
+    model[1] = copy.deepcopy(model[1])
+    opt.param_groups[0]["params"] = list(model.parameters())
+    before = model[1].weight.detach().clone()
+    train(model, opt, range(100, 101))
+
+    assert torch.equal(model[1].weight.detach() == before, ~mask)
+
+
+@pytest.mark.parametrize("n_equal", [2, 3])
+def test_more_than_a_twentieth_must_tie_for_a_warning(n_equal):
+    """Two of forty entries are 5%, which is not more than 5%; three are."""
+    model = nn.BatchNorm1d(40)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(1.0, 41.0))
+        model.weight[19 : 19 + n_equal] = 20.0
+    opt = WormOptimizer(torch.optim.SGD(model.parameters()), model, sample_every=None)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.sample()
+    assert len(caught) == (n_equal == 3)
 
 
 class _Recorder(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -117,3 +118,11 @@ def test_truncating_is_never_undone_by_larger_distances():
         Phase.TRUNCATING,
         Phase.TRUNCATING,
     ]
+
+
+@pytest.mark.parametrize("phase", [Phase.CONVERGED, Phase.PRUNED])
+def test_nothing_follows_convergence(phase):
+    """Whatever the distances, a search that is over stays over."""
+    for trigger in ("distance", "always"):
+        for distances in ((), (0.9,), (0.0,)):
+            assert StoppingRule(trigger=trigger).next_phase(phase, distances) is phase

@@ -100,6 +100,7 @@ def test_a_pattern_matches_through_a_wrapper():
     model.add_module("module", small_cnn())
 
     assert names(ParameterSelector("1.*"), model) == ["module.1.weight", "module.1.bias"]
+    assert names(ParameterSelector(lambda name, _: name == "1.bias"), model) == ["module.1.bias"]
     assert names(ParameterSelector("module.1.*"), model) == ["module.1.weight", "module.1.bias"]
 
 
@@ -129,6 +130,41 @@ def test_the_default_takes_scales_before_queries_and_keys():
         default_selector(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    "projections",
+    ["query key value", "q_proj k_proj v_proj", "q_lin k_lin v_lin", "to_q to_k to_v", "q k v"],
+)
+def test_separate_projections_are_known_by_their_names(projections):
+    """What the libraries call them; a lone `q` without the others is not attention."""
+    layers = {name: nn.Linear(4, 4) for name in projections.split()}
+    query, key, value = (f"{name}.weight" for name in layers)
+
+    assert names(QueryKeySelector(), nn.ModuleDict(layers)) == [query, key]
+    assert names(QueryKeySelector(value=True), nn.ModuleDict(layers)) == [query, key, value]
+    layers.popitem()
+    with pytest.raises(ValueError, match="no query and key weights"):
+        QueryKeySelector()(nn.ModuleDict(layers))
+
+
+@pytest.mark.parametrize(
+    "name", ["qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn", "in_proj", "to_qkv"]
+)
+def test_fused_projections_are_known_by_their_names(name):
+    """Each common name of a fused matrix raises, and does not pass for a plain layer."""
+    with pytest.raises(ValueError, match=f"'{name}' of ModuleDict"):
+        QueryKeySelector()(nn.ModuleDict({name: nn.Linear(4, 12)}))
+
+
+def test_a_computed_projection_is_refused():
+    """A parametrised weight is no parameter; the error says to name what it is computed from."""
+    layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("query", "key", "value")})
+    torch.nn.utils.parametrizations.weight_norm(layers["query"])
+    model = nn.ModuleDict({"attn": layers})
+
+    with pytest.raises(ValueError, match=r"'attn' \(ModuleDict\) is computed from other"):
+        QueryKeySelector()(model)
+
+
 def test_queries_and_keys_of_known_layouts():
     """Separate projections and MultiheadAttention, values left out unless asked for."""
     block = nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
@@ -151,6 +187,11 @@ def test_a_fused_layout_that_is_not_known_is_not_guessed():
 
     with pytest.raises(ValueError, match=r"'attn\.qkv' of ModuleDict.*\(12, 4\).*Representative"):
         QueryKeySelector()(model)
+    columns = nn.Module()
+    columns.c_attn = nn.Module()
+    columns.c_attn.weight = nn.Parameter(torch.zeros(4, 12))
+    with pytest.raises(ValueError, match=r"part=\(slice\(None\), slice\(0, 2 \* width\),\)"):
+        QueryKeySelector()(columns)
     with pytest.raises(ValueError, match=r"'attn\.qkv'"):
         default_selector(model)
 
@@ -192,12 +233,30 @@ def wrap(selector, model=None, parameters=None):
         (
             lambda model: [Representative("1.weight", part=(slice(8, 9),))],
             ValueError,
-            r"selected part of '1\.weight' is empty",
+            r"'1\.weight' has shape \(8,\), which .* does not fit",
         ),
         (
             lambda model: [Representative("1.weight", view=(3, 2))],
             ValueError,
-            r"'1\.weight' has shape \(8,\), which does not fit .*view=\(3, 2\)",
+            r"'1\.weight' has shape \(8,\), which .*view=\(3, 2\).* does not fit",
+        ),
+        *[
+            (
+                lambda model, part=part: [Representative("0.weight", part=part)],
+                ValueError,
+                r"'0\.weight' has shape .* does not fit",
+            )
+            for part in (
+                (slice(0, 9),),  # past the end of 8 rows
+                (slice(2, 2),),
+                ([0, 1],),  # a copy, not a view
+                (slice(None),) * 5,
+            )
+        ],
+        (
+            lambda model: [Representative("1.weight", ("1.weight",))],
+            ValueError,
+            r"'1\.weight' is selected twice\. Name",
         ),
         (QueryKeySelector(), ValueError, "no query and key weights in Sequential"),
     ],
@@ -245,3 +304,16 @@ def test_parameters_without_shape_or_magnitude_are_refused():
     whole.weight = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
     with pytest.raises(TypeError, match=r"'weight' is of torch\.int64"):
         WormOptimizer(torch.optim.SGD([whole.weight]), whole, ParameterSelector("weight"))
+
+
+@pytest.mark.parametrize("mark", ["to_local", "_fsdp_flattened", "ds_id"])
+def test_sharded_parameters_are_refused_at_construction_and_at_samples(mark):
+    """A shard alone would give every rank a mask of its own, whichever engine made it."""
+    model = small_cnn()
+    opt = wrap(None, model)
+    setattr(model[4].weight, mark, True)
+
+    for attempt in (opt.sample, lambda: wrap(None, model)):
+        with pytest.raises(RuntimeError, match=r"'4\.weight' is sharded"):
+            attempt()
+    assert opt.history == []

@@ -129,6 +129,16 @@ def test_a_ticket_for_another_model_leaves_it_alone():
     assert model.weight.tolist() == [0, 1, 1]
 
 
+def test_a_ticket_may_use_any_name_of_a_tied_parameter():
+    """Tied weights have two names, and a ticket may use either."""
+    model = torch.nn.ModuleList([torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)])
+    model[1].weight = model[0].weight
+
+    apply_ticket_(model, {"1.weight": torch.tensor([False, True, True])})
+
+    assert model[0].weight.tolist() == [0, 1, 1]
+
+
 def test_a_ticket_fits_a_model_that_is_wrapped_otherwise():
     """The prefixes of wrappers do not make another model."""
     model = torch.nn.BatchNorm1d(3)
@@ -136,6 +146,18 @@ def test_a_ticket_fits_a_model_that_is_wrapped_otherwise():
     apply_ticket_(model, {"module._orig_mod.weight": torch.tensor([False, True, True])})
 
     assert model.weight.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(name, True) for name in ("NAdamW", "LaProp", "SignSGD", "Lion", "Adan", "RMSpropTF", "Yogi")]
+    + [(name, False) for name in ("LambdaSGD", "DesignedSGD", "CanadaSGD", "SGDP", "Lookahead")],
+)
+def test_names_of_normalising_optimizers_are_told_from_others(name, expected):
+    """A name that only holds the letters of another is not taken for it."""
+    made = type(name, (torch.optim.SGD,), {})([torch.zeros(1, requires_grad=True)])
+
+    assert is_normalising(made) is expected
 
 
 @pytest.mark.parametrize(

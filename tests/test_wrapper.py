@@ -120,6 +120,30 @@ def test_each_hook_sees_one_step_per_step():
     ]
 
 
+def test_hooks_of_all_optimizers_survive_what_happens_in_a_step():
+    """Removed in a step, a global hook stays away; another optimizer is seen; errors pass."""
+    _model, opt = build(lambda p: torch.optim.SGD(p, lr=0.1))
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    seen: list[object] = []
+    kept = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer))
+    leaving = register_optimizer_step_pre_hook(lambda *_: seen.append("leaving"))
+    opt.base_optim.register_step_pre_hook(lambda *_: leaving.remove())
+
+    def closure():
+        other.step()
+        raise ArithmeticError
+
+    try:
+        with pytest.raises(ArithmeticError):
+            opt.step(closure)
+        opt.step()
+        opt.base_optim.step()
+    finally:
+        kept.remove()
+
+    assert seen == [opt, "leaving", other, opt, opt.base_optim]
+
+
 def test_hooks_may_change_what_is_saved_and_loaded():
     """What a state_dict hook returns is what is saved and loaded."""
     _, opt = build()
@@ -174,6 +198,28 @@ def test_a_step_that_only_creates_state_does_not_count():
 
     assert opt.history == []
     assert opt.state
+
+
+@pytest.mark.parametrize("case", ["closure", "sparse", "no rate"])
+def test_other_steps_without_effect_count(case):
+    """With a closure, with sparse gradients that are not zero, or without any rate: a step."""
+    model = nn.ModuleDict({"words": nn.Embedding(4, 2, sparse=True), "norm": nn.BatchNorm1d(2)})
+
+    class WithoutRate(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            return None
+
+    make = WithoutRate if case == "no rate" else lambda p: torch.optim.SGD(p, lr=0.0)
+    opt = WormOptimizer(make(model.parameters()), model, sample_every=None)
+    if case == "sparse":
+        model["words"](torch.tensor([1])).sum().backward()
+    opt.step(lambda: None) if case == "closure" else opt.step()
+
+    with pytest.warns(UserWarning, match="tie for the mask"):
+        assert opt.sample().step == 1
 
 
 def test_a_warm_up_from_zero_counts():
@@ -260,7 +306,7 @@ def test_groups_can_be_added():
     opt.add_param_group({"params": extra.parameters(), "lr": 0.5})
     train(model, opt, range(9))
 
-    assert len(opt.param_groups) == 2
+    assert [group["worm"] for group in opt.param_groups] == [None, None]
     assert opt.base_optim.param_groups[1]["lr"] == 0.5
     opt.load_state_dict(opt.state_dict())
     assert len(opt.history) == 3

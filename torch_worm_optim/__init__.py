@@ -1,7 +1,5 @@
 """Find the winning ticket of a network while it trains, from inside its optimizer."""
 
-from importlib.metadata import version as _version
-
 from torch_worm_optim.optimizer import WormOptimizer as WormOptimizer
 from torch_worm_optim.search import MaskSample as MaskSample
 from torch_worm_optim.search import Phase as Phase
@@ -11,7 +9,7 @@ from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
 from torch_worm_optim.selectors import Representative as Representative
 from torch_worm_optim.selectors import Selector as Selector
 
-__version__ = _version("torch-worm-optim")
+__version__ = "0.1.0"
 
 __all__ = [
     "BatchNormSelector",

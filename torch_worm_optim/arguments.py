@@ -27,10 +27,12 @@ def check_share(name: str, value: Any, *, below_one: bool = False) -> float:
 
 def check_count(name: str, value: Any, *, least: int) -> int:
     """A whole number of at least ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(
             f"`{name}` must be a whole number, got {value!r} of type {type(value).__name__}."
         )
+    if not isinstance(value, Integral):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}. Round it.")
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}. Pass a larger one.")
     return int(value)

@@ -127,7 +127,7 @@ def read_record(
             f"reads {_VERSION}. Install the release of torch_worm_optim that wrote it."
         )
     for key, here in identity.items():
-        saved = record["identity"].get(key)
+        saved = dict(record["identity"] or {}).get(key)
         if saved != here:
             raise ValueError(
                 f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, here "
@@ -140,6 +140,7 @@ def read_record(
             "is truncated or for another model. Load an earlier checkpoint."
         )
     try:
+        step = int(record["step"])
         history = [
             MaskSample(int(step), tuple(distances), largest, mean, Phase(phase))
             for step, distances, largest, mean, phase in record["history"]
@@ -153,7 +154,7 @@ def read_record(
         raise ValueError(
             "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
         )
-    return SearchRecord(int(record["step"]), bool(record["pruned"]), history, record["window"])
+    return SearchRecord(step, bool(record["pruned"]), history, record["window"])
 
 
 def _brief(value: object) -> str:

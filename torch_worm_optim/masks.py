@@ -135,7 +135,8 @@ def compute_mask(
     # The lowest of all are the lowest of each representative, so as long as enough of each are
     # left, the entries to be set aside are among them and the mask is what it would be with them
     # set aside.
-    quotas = torch.tensor([min(min_keep, size) for size in sizes])
+    # On the host whatever the default device is: the counts are read there.
+    quotas = torch.tensor([min(min_keep, size) for size in sizes], device="cpu")
     n_kept = torch.stack([part.count_nonzero() for part in torch.split(mask.kept, list(sizes))])
     if bool((n_kept.cpu() >= quotas).all()):
         return mask
@@ -283,7 +284,7 @@ def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
     n_entries = window.shape[1]
     flip = (window[0] & 1).neg()  # 0 or, by wrapping around, 255
     histograms = torch.stack([(row ^ flip).bincount(minlength=1 << _BITS) for row in window])
-    patterns = torch.arange(1 << _BITS)
+    patterns = torch.arange(1 << _BITS, device="cpu")
     counts = [
         int(histogram[(patterns >> bit) & 1 == 1].sum())
         for histogram in histograms.cpu()

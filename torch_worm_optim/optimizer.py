@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ from torch_worm_optim.truncation import (
 from torch_worm_optim.wrapper import Closure, OptimizerWrapper
 
 logger = logging.getLogger(__name__)
+
+# A parameter that the mask reaches, with the representative that says which entries of it.
+Target = tuple[Representative, Tensor]
 
 # A mask that this share of the entries tie for is a matter of their order more than of training.
 _MANY_TIES = 0.05
@@ -176,12 +180,12 @@ class WormOptimizer(OptimizerWrapper):
         self._steps = 0
         self._history: list[MaskSample] = []
         self._pruned = False
-        self._owners = self._find_owners()
         # A meta-device model says how many entries there will be, and not yet where.
-        device = self._entries()[0].device
-        self._window = new_window(
-            sum(self._sizes()), window, "cpu" if device.type == "meta" else device
-        )
+        device = self._parameter(self._representatives[0].name).device
+        with torch.inference_mode(False):  # Later masks could not be written to it otherwise.
+            self._window = new_window(
+                sum(self._sizes()), window, "cpu" if device.type == "meta" else device
+            )
         self._buffers: list[tuple[Tensor, ...]] | None = None
         self._warned: set[str] = set()
         self._hold_place()
@@ -282,7 +286,7 @@ class WormOptimizer(OptimizerWrapper):
             loss = self._update_truncated_step(closure)
         if phase is Phase.PRUNED:
             self._hold_at_zero()
-        if self._window.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return loss  # The step was recorded, not taken: replaying it runs no Python.
         self._steps += 1
         if not phase.converged and self._is_due():
@@ -306,7 +310,6 @@ class WormOptimizer(OptimizerWrapper):
         phase = self.phase
         if phase.converged:
             return self._history[-1]
-        self._owners = self._find_owners()
         entries = {}
         for representative in self._representatives:
             parameter = self._parameter(representative.name)
@@ -324,13 +327,15 @@ class WormOptimizer(OptimizerWrapper):
                 "scales are all 1 and do this. Let training move them before the first mask (a "
                 "larger `sample_every`), or check that the selected parameters are trained at all.",
             )
-        self._window = self._window.to(mask.device)
+        if self._window.device != mask.device:
+            with torch.inference_mode(False):
+                self._window = self._window.to(mask.device)
         sample = observe_(
             self._window, mask, step=self._steps, history=self._history, rule=self._rule
         )
         self._history.append(sample)
-        if sample.phase is Phase.TRUNCATING:
-            self._update_buffers()
+        if sample.phase is Phase.TRUNCATING and self._truncation < 1:
+            self._fill_buffers(self._mask_buffers(_entries(self._targets())))
         else:
             self._buffers = None
         if sample.phase is not phase:
@@ -383,10 +388,10 @@ class WormOptimizer(OptimizerWrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint as if training had never stopped.
 
-        What the held masks depend on (the selected parameters, ``prune_ratio``, ``scope``,
-        ``min_keep``, ``window``) must be as it was; the thresholds, ``truncation`` and the cadence
-        are those of this optimizer. A checkpoint of the plain base optimizer loads too, and the
-        search starts afresh.
+        What the held masks depend on (the representatives with their followers and parts,
+        ``prune_ratio``, ``scope``, ``min_keep``, ``window``) must be as it was; the thresholds,
+        ``truncation`` and the cadence are those of this optimizer. A checkpoint of the plain base
+        optimizer loads too, and the search starts afresh.
 
         Args:
             state_dict (dict): What :meth:`state_dict` returned.
@@ -450,11 +455,27 @@ class WormOptimizer(OptimizerWrapper):
         return self._step_base(truncated_closure)
 
     def _truncate_gradients(self) -> None:
+        targets = self._targets()
+        self._warn_if_inert(targets)
         gradients = [
-            None if tensor.grad is None else representative.entries(tensor.grad)
-            for representative, tensor in self._targets()
+            None if parameter.grad is None else representative.entries(parameter.grad)
+            for representative, parameter in targets
         ]
-        if all(gradient is None for gradient in gradients):
+        buffers = self._mask_buffers(_entries(targets))
+        truncate_gradients_(gradients, [multiplier for (multiplier,) in buffers])
+
+    def _update_truncated_step(self, closure: Closure | None) -> Any:
+        targets = self._targets()
+        entries = _entries(targets)
+        masks, before = zip(*self._mask_buffers(entries), strict=True)
+        torch._foreach_copy_(before, entries)
+        loss = self._step_base(closure)
+        self._warn_if_inert(targets)
+        truncate_updates_(entries, before, masks, self._truncation)
+        return loss
+
+    def _warn_if_inert(self, targets: list[Target]) -> None:
+        if all(parameter.grad is None for _, parameter in targets):
             self._warn_once(
                 "no gradients",
                 "No representative parameter has a gradient at step(), so nothing is truncated. "
@@ -462,20 +483,10 @@ class WormOptimizer(OptimizerWrapper):
                 "or gradients are consumed before step(), as optimizers that step in backward and "
                 "sharded engines such as DeepSpeed ZeRO do, and truncation cannot reach them.",
             )
-            return
-        multipliers = [buffers[0] for buffers in self._mask_buffers()]
-        truncate_gradients_(gradients, multipliers)
-
-    def _update_truncated_step(self, closure: Closure | None) -> Any:
-        entries, buffers = self._entries(), self._mask_buffers()
-        masks, before = [mask for mask, _ in buffers], [old for _, old in buffers]
-        torch._foreach_copy_(before, entries)
-        loss = self._step_base(closure)
-        truncate_updates_(entries, before, masks, self._truncation)
-        return loss
 
     def _hold_at_zero(self) -> None:
-        zero_removed_(self._entries(), [removed for (removed,) in self._mask_buffers()])
+        entries = _entries(self._targets())
+        zero_removed_(entries, [removed for (removed,) in self._mask_buffers(entries)])
 
     def _is_due(self) -> bool:
         if self._sample_every is None:
@@ -486,37 +497,20 @@ class WormOptimizer(OptimizerWrapper):
 
     # ---- where things are
 
-    def _find_owners(self) -> dict[str, tuple[nn.Module, str]]:
-        """The module that holds each parameter, and under which name there.
-
-        Parameters are looked up in their modules at every use: sharding, ``module.to()`` and
-        ``swap_tensors`` put new objects in their places. Modules change more rarely
-        (``convert_sync_batchnorm``), so they are looked up at every sample.
-        """
-        owners = {}
-        for representative in self._representatives:
-            for name in (representative.name, *representative.followers):
-                path, _, attribute = name.rpartition(".")
-                owners[name] = self._model.get_submodule(path), attribute
-        return owners
-
     def _parameter(self, name: str) -> Tensor:
-        module, attribute = self._owners[name]
-        return getattr(module, attribute)  # type: ignore[no-any-return]
+        """The parameter of that name now.
 
-    def _targets(self) -> list[tuple[Representative, Tensor]]:
+        It is looked up at every use: sharding, ``module.to()``, ``swap_tensors`` and
+        ``convert_sync_batchnorm`` put new parameters and modules in the places of old ones.
+        """
+        return attrgetter(name)(self._model)  # type: ignore[no-any-return]
+
+    def _targets(self) -> list[Target]:
         """Every parameter that the mask reaches: each representative, then its followers."""
         return [
             (representative, self._parameter(name))
             for representative in self._representatives
             for name in (representative.name, *representative.followers)
-        ]
-
-    def _entries(self) -> list[Tensor]:
-        """The entries of each target that the mask reaches, as views."""
-        return [
-            representative.entries(parameter.detach())
-            for representative, parameter in self._targets()
         ]
 
     def _sizes(self) -> list[int]:
@@ -528,20 +522,27 @@ class WormOptimizer(OptimizerWrapper):
         shapes = [r.entries(self._parameter(r.name)).shape for r in self._representatives]
         return [cut.view(shape) for cut, shape in zip(cuts, shapes, strict=True)]
 
-    def _mask_buffers(self) -> list[tuple[Tensor, ...]]:
-        """What a step needs of the newest mask, for each target in order.
+    def _mask_buffers(self, entries: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """What a step needs of the newest mask, for the entries of each target in order.
 
         What gradients are multiplied by; or the mask and room for the weights before the step; or,
         when pruned, what is removed. They are made once and then only written to, so that a step
         between samples allocates nothing.
         """
-        if self._buffers is None:
-            self._update_buffers()
-        return self._buffers  # type: ignore[return-value]
+        if self._buffers is None or not all(map(_fits, self._buffers, entries)):
+            self._buffers = [self._new_buffers(each) for each in entries]
+            self._fill_buffers(self._buffers)
+        return self._buffers
 
-    def _update_buffers(self) -> None:
-        if self._buffers is None:
-            self._buffers = [self._new_buffers(entries) for entries in self._entries()]
+    @torch.inference_mode(False)  # Later steps could not write to what inference mode made.
+    def _new_buffers(self, entries: Tensor) -> tuple[Tensor, ...]:
+        if self._pruned:
+            return (torch.empty_like(entries, dtype=torch.bool),)
+        if self._truncate == "update":
+            return torch.empty_like(entries, dtype=torch.bool), torch.empty_like(entries)
+        return (torch.empty_like(entries),)
+
+    def _fill_buffers(self, buffers: list[tuple[Tensor, ...]]) -> None:
         masks = [
             mask
             for representative, mask in zip(
@@ -549,20 +550,13 @@ class WormOptimizer(OptimizerWrapper):
             )
             for _ in (representative.name, *representative.followers)
         ]
-        for (buffer, *_), mask in zip(self._buffers, masks, strict=True):
+        for (buffer, *_), mask in zip(buffers, masks, strict=True):
             if self._pruned:
                 buffer.copy_(~mask)
             elif self._truncate == "update":
                 buffer.copy_(mask)
             else:
                 fill_multiplier_(buffer, mask.to(buffer.device), self._truncation)
-
-    def _new_buffers(self, entries: Tensor) -> tuple[Tensor, ...]:
-        if self._pruned:
-            return (torch.empty_like(entries, dtype=torch.bool),)
-        if self._truncate == "update":
-            return torch.empty_like(entries, dtype=torch.bool), torch.empty_like(entries)
-        return (torch.empty_like(entries),)
 
     def _hold_place(self) -> None:
         """Keep the record's key in every parameter group, see `checkpoint`."""
@@ -573,3 +567,16 @@ class WormOptimizer(OptimizerWrapper):
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=2)
+
+
+def _entries(targets: list[Target]) -> list[Tensor]:
+    """The entries of each target that the mask reaches, as views."""
+    return [representative.entries(parameter.detach()) for representative, parameter in targets]
+
+
+def _fits(buffers: tuple[Tensor, ...], entries: Tensor) -> bool:
+    """Whether buffers were made for entries of this dtype, on this device."""
+    return all(
+        buffer.device == entries.device and buffer.dtype in (torch.bool, entries.dtype)
+        for buffer in buffers
+    )

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 # Optimizers that normalise a gradient by its own history, sign or spectrum, by what their class
 # names have in common, since most of them live in other packages.
 _NORMALISING = re.compile(
-    r"ada|adopt|prop|sign|lamb|lion|prodigy|sophia|shampoo|soap|muon|kron|novograd|madgrad|mars|came",
-    re.IGNORECASE,
+    r"Ada|Adopt|RMSprop|Rprop|LaProp|^Sign|Lamb(?!da)|LAMB|Lion|Prodigy|Sophia|Shampoo|SOAP|Muon|Kron"
+    r"|NovoGrad|MADGRAD|^Mars|CAME|Yogi|AdEMAMix|Ranger|Tiger"
 )
 
 

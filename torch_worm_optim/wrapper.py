@@ -95,7 +95,7 @@ class OptimizerWrapper(Optimizer):
         return self._step_base(closure)
 
     def _step_base(self, closure: Closure | None) -> Any:
-        with _global_hooks_held():
+        with _global_hooks_skipping(self.base_optim):
             return self.base_optim.step() if closure is None else self.base_optim.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -156,17 +156,30 @@ class OptimizerWrapper(Optimizer):
 
 
 @contextlib.contextmanager
-def _global_hooks_held() -> Iterator[None]:
-    """Keep the hooks of all optimizers from firing for the base: they see the wrapper's step."""
-    hooks: tuple[dict[int, Any], ...] = (
+def _global_hooks_skipping(base: Optimizer) -> Iterator[None]:
+    """Let the hooks of all optimizers pass over ``base``: they see this step at the wrapper.
+
+    The hooks themselves are exchanged, and not taken out, so that they still fire for another
+    optimizer that steps meanwhile, and may be removed meanwhile.
+    """
+
+    def skipping(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda optimizer, *args: None if optimizer is base else hook(optimizer, *args)
+
+    registries: tuple[dict[int, Any], ...] = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     )
-    held = [dict(each) for each in hooks]
-    for each in hooks:
-        each.clear()
+    exchanged = [
+        (registry, key, hook, skipping(hook))
+        for registry in registries
+        for key, hook in registry.items()
+    ]
+    for registry, key, _, substitute in exchanged:
+        registry[key] = substitute
     try:
         yield
     finally:
-        for each, before in zip(hooks, held, strict=True):
-            each.update(before)
+        for registry, key, hook, substitute in exchanged:
+            if registry.get(key) is substitute:
+                registry[key] = hook

@@ -72,6 +72,11 @@ class QueryKeySelector(JoinableSelector):
         found: dict[str, Representative] = {}
         for path, module in model.named_modules():
             for weight, part in self._weights(path, module):
+                if id(weight) not in names:
+                    raise ValueError(
+                        f"A query or key weight of {path!r} ({type(module).__name__}) is computed "
+                        "from other parameters. Name those: ParameterSelector(...)."
+                    )
                 found.setdefault(names[id(weight)], Representative(names[id(weight)], part=part))
         if not found:
             raise ValueError(
@@ -96,16 +101,18 @@ class QueryKeySelector(JoinableSelector):
             if module.in_proj_weight is not None:
                 return [(module.in_proj_weight, (slice(0, n_chosen * module.embed_dim),))]
             weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-            return [(weight, ()) for weight in weights[:n_chosen] if weight is not None]
+            return [(weight, ()) for weight in weights[:n_chosen]]
         fused = _fused(module)
         if fused:
             shape = tuple(module.get_submodule(fused).weight.shape)  # type: ignore[arg-type]
             name = f"{path}.{fused}" if path else fused
+            # A Conv1D as in GPT-2 has its outputs in columns.
+            first = "slice(None), " if shape[0] < shape[-1] else ""
             raise ValueError(
                 f"QueryKeySelector does not know where the queries and keys lie in {name!r} of "
                 f"{type(module).__name__}, a fused matrix of shape {shape}. State it in a "
                 f'selector of your own, for instance Representative("{name}.weight", '
-                "part=(slice(0, 2 * width),)) if query, key and value rows follow one another."
+                f"part=({first}slice(0, 2 * width),)) if query, key and value follow one another."
             )
         return [(module.get_submodule(name).weight, ()) for name in _separate(module)[:n_chosen]]  # type: ignore[misc]
 

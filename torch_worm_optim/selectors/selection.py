@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned_ids = {id(parameter) for parameter in owned}
-    seen: dict[int, str] = {}
+    named: dict[int, str] = {}
+    taken: set[int] = set()
     for representative in representatives:
         if not isinstance(representative, Representative):
             raise TypeError(
@@ -92,17 +94,11 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
                     f"The base optimizer does not own {name!r}, which was selected. Give it to "
                     "the optimizer, or pass a `selector=` that leaves it out."
                 )
-            other = seen.setdefault(id(parameters[name]), name)
-            if (
-                other != name
-                or sum(r.name == name or name in r.followers for r in representatives) > 1
-            ):
-                alias = (
-                    ""
-                    if other == name
-                    else f" (as {other!r} and {name!r}, which are one parameter)"
-                )
+            first = named.setdefault(id(parameters[name]), name)
+            if first != name or id(parameters[name]) in taken:
+                alias = "" if first == name else f" (as {first!r} and {name!r}: one parameter)"
                 raise ValueError(f"{name!r} is selected twice{alias}. Name each parameter once.")
+            taken.add(id(parameters[name]))
         _check_part(representative, parameters[representative.name])
         for follower in representative.followers:
             if parameters[follower].shape != parameters[representative.name].shape:
@@ -116,18 +112,30 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
 
 
 def _check_part(representative: Representative, parameter: Tensor) -> None:
-    try:
-        n_entries = representative.entries(parameter).numel()
-    except (RuntimeError, IndexError) as error:
+    shape = representative.view or tuple(parameter.shape)
+    bounds = [
+        (part.start or 0, part.stop, part.step or 1) if isinstance(part, slice) else None
+        for part in representative.part
+    ]
+    fits = math.prod(shape) == parameter.numel() and len(bounds) <= len(shape)
+    # Only slices give a view; and those that run over the end are cut short without a word.
+    fits = fits and all(
+        bound is not None
+        and 0 <= bound[0] < size
+        and bound[0] < (bound[1] or size) <= size
+        and bound[2] > 0
+        for bound, size in zip(bounds, shape, strict=False)
+    )
+    if not fits:
         raise ValueError(
-            f"{representative.name!r} has shape {tuple(parameter.shape)}, which does not fit "
-            f"{representative}: {error}"
-        ) from error
-    if n_entries == 0:
-        raise ValueError(
-            f"The selected part of {representative.name!r} is empty: {representative} takes "
-            f"nothing of shape {tuple(parameter.shape)}."
+            f"{representative.name!r} has shape {tuple(parameter.shape)}, which {representative} "
+            "does not fit: `view` must have as many entries, and `part` one slice for each leading "
+            "dimension, none of them empty or past its end."
         )
+    try:
+        representative.entries(parameter)
+    except RuntimeError as error:
+        raise ValueError(f"{representative} only may split dimensions: {error}") from error
 
 
 def _check_rankable(name: str, parameter: Tensor) -> None:
@@ -151,10 +159,11 @@ def check_unsharded(name: str, parameter: Tensor) -> None:
         parameter: The parameter.
 
     Raises:
-        RuntimeError: If the parameter is a DTensor.
+        RuntimeError: If the parameter is a DTensor, or belongs to FSDP1 or ZeRO-3.
     """
-    if hasattr(parameter, "to_local"):
+    # What DTensor, FSDP1 and ZeRO-3 have that other parameters do not.
+    if any(hasattr(parameter, mark) for mark in ("to_local", "_fsdp_flattened", "ds_id")):
         raise RuntimeError(
-            f"{name!r} is sharded (a DTensor), and this release searches replicated parameters "
+            f"{name!r} is sharded, and this release searches replicated parameters "
             "only. Train with DDP, where every rank draws the same masks without traffic."
         )
