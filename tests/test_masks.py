@@ -165,6 +165,15 @@ def test_sizes_must_add_up():
         compute_mask(torch.ones(4), [1, 2], 0.5)
 
 
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
+def test_ratios_and_scopes_must_be_in_range(ratio):
+    """What is not a share below 1, or not a known scope, is refused."""
+    with pytest.raises(ValueError, match=r"`prune_ratio` must be in \[0, 1\)"):
+        compute_mask(torch.ones(4), [4], ratio)
+    with pytest.raises(ValueError, match="`scope` must be .* got 'Layer'"):
+        compute_mask(torch.ones(4), [4], 0.5, scope="Layer")
+
+
 @pytest.mark.parametrize("n", [100_000, 1_000_003])
 def test_large_masks_equal_a_sort(n):
     """At sizes of real networks the mask is still the one that a stable sort gives."""

@@ -107,7 +107,8 @@ def compute_mask(
         The :class:`Mask`, **True = kept**, on the device of ``scores``.
 
     Raises:
-        ValueError: If ``sizes`` do not add up to the number of scores.
+        ValueError: If ``prune_ratio`` or ``scope`` is none of these, or ``sizes`` do not add up to
+            the number of scores.
 
     Example:
         >>> compute_mask(torch.tensor([0.3, 0.1, 0.2, 0.4]), [2, 2], 0.5).kept
@@ -118,6 +119,10 @@ def compute_mask(
     References:
         [1] You et al., "Drawing Early-Bird Tickets", ICLR 2020, https://arxiv.org/abs/1909.11957.
     """
+    if not 0 <= prune_ratio < 1:
+        raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
+    if scope not in ("global", "layer"):
+        raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
     if sum(sizes) != scores.numel():
         raise ValueError(
             f"`sizes` add up to {sum(sizes)} entries, but there are {scores.numel()} scores."
