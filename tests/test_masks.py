@@ -170,7 +170,7 @@ def test_ratios_and_scopes_must_be_in_range(ratio):
     """What is not a share below 1, or not a known scope, is refused."""
     with pytest.raises(ValueError, match=r"`prune_ratio` must be in \[0, 1\)"):
         compute_mask(torch.ones(4), [4], ratio)
-    with pytest.raises(ValueError, match="`scope` must be .* got 'Layer'"):
+    with pytest.raises(ValueError, match=r"`scope` must be .* got 'Layer'"):
         compute_mask(torch.ones(4), [4], 0.5, scope="Layer")
 
 
