@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -344,6 +345,34 @@ def test_a_closure_is_truncated_as_gradients_are(truncate):
     assert plain.history == opt.history
 
 
+def test_a_closure_runs_with_gradients_enabled():
+    """A base that leaves gradients off around its closure gets gradients all the same."""
+
+    class Careless(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = closure()
+            super().step()
+            return loss
+
+    model = small_cnn()
+    opt = WormOptimizer(
+        Careless(model.parameters(), lr=0.1), model, trigger="always", sample_every=1
+    )
+    for step in range(3):
+
+        def closure(step=step):
+            opt.zero_grad()
+            with torch.enable_grad() if step == 0 else contextlib.nullcontext():
+                loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+
+    assert len(opt.history) == 3
+
+
 def test_an_optimizer_that_evaluates_often_counts_one_step():
     """LBFGS calls its closure many times; each evaluation is truncated, the step counts once."""
     model = small_cnn()
@@ -515,9 +544,14 @@ def test_a_step_between_samples_allocates_nothing_and_waits_for_nothing(truncate
     assert {name for name in added if not name.startswith("profiler")} <= views | in_place
 
 
-def test_a_step_before_the_trigger_runs_nothing_more():
-    """While searching, a step runs the base optimizer's operators and no others."""
-    model, opt = wrapped(margin=0.0, stopping_point=0.0)
+@pytest.mark.parametrize(
+    "options",
+    [{"margin": 0.0, "stopping_point": 0.0}, {"trigger": "always", "truncation": 1}],
+    ids=["searching", "EB Train"],
+)
+def test_a_step_that_truncates_nothing_runs_nothing_more(options):
+    """While searching, and in EB Train, a step runs the base optimizer's operators alone."""
+    model, opt = wrapped(**options)
     plain = small_cnn()
     base = BASES["SGD momentum"](plain.parameters())
     for each, optimizer in ((model, opt), (plain, base)):

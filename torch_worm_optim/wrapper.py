@@ -148,11 +148,7 @@ class OptimizerWrapper(Optimizer):
         if not rates or not on_host or any(rates):
             return False
         gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        return not any(
-            (gradient._values() if gradient.is_sparse else gradient).any()
-            for gradient in gradients
-            if gradient is not None
-        )
+        return not any(gradient.any() for gradient in gradients if gradient is not None)
 
 
 @contextlib.contextmanager
