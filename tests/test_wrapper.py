@@ -46,8 +46,6 @@ def test_nothing_is_written_into_the_state_of_the_base():
     model, opt = build(lambda p: torch.optim.SGD(p, lr=0.1), sample_every=1)
     assert len(opt.state) == 0
     train(model, opt, range(9))
-    plain = torch.optim.SGD(small_cnn().parameters(), lr=0.1)
-    train(small_cnn(), plain, range(1))
 
     assert opt.history
     assert all(set(values) <= {"momentum_buffer"} for values in opt.state.values())

@@ -334,10 +334,10 @@ class WormOptimizer(OptimizerWrapper):
             self._window, mask, step=self._steps, history=self._history, rule=self._rule
         )
         self._history.append(sample)
-        if sample.phase is Phase.TRUNCATING and self._truncation < 1:
-            self._fill_buffers(self._mask_buffers(_entries(self._targets())))
-        else:
+        if sample.phase.converged:
             self._buffers = None
+        elif self._buffers is not None:
+            self._fill_buffers(self._buffers)
         if sample.phase is not phase:
             logger.info(
                 "step %d: %s -> %s (max distance %s, mean distance %s)",
@@ -369,7 +369,6 @@ class WormOptimizer(OptimizerWrapper):
         if phase is Phase.PRUNED:
             return
         self._pruned = True
-        self._buffers = None
         self._hold_at_zero()
         logger.info("step %d: %s -> %s", self._steps, phase.value, self.phase.value)
 
@@ -526,15 +525,14 @@ class WormOptimizer(OptimizerWrapper):
         """What a step needs of the newest mask, for the entries of each target in order.
 
         What gradients are multiplied by; or the mask and room for the weights before the step; or,
-        when pruned, what is removed. They are made once and then only written to, so that a step
-        between samples allocates nothing.
+        when pruned, what is removed. The first step that needs them makes them; later masks are
+        only written into them, so that the other steps allocate nothing.
         """
         if self._buffers is None or not all(map(_fits, self._buffers, entries)):
             self._buffers = [self._new_buffers(each) for each in entries]
             self._fill_buffers(self._buffers)
         return self._buffers
 
-    @torch.inference_mode(False)  # Later steps could not write to what inference mode made.
     def _new_buffers(self, entries: Tensor) -> tuple[Tensor, ...]:
         if self._pruned:
             return (torch.empty_like(entries, dtype=torch.bool),)
