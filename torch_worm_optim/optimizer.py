@@ -20,7 +20,14 @@ from torch_worm_optim.checkpoint import (
     with_record,
     without_record,
 )
-from torch_worm_optim.masks import compute_mask, magnitude_scores, new_window, newest_mask
+from torch_worm_optim.masks import (
+    compute_mask,
+    magnitude_scores,
+    new_window,
+    newest_mask,
+    spread_mask,
+    unit_magnitudes,
+)
 from torch_worm_optim.pruning import zero_removed_
 from torch_worm_optim.search import MaskSample, Phase, StoppingRule, observe_
 from torch_worm_optim.selectors import (
@@ -41,7 +48,7 @@ from torch_worm_optim.wrapper import Closure, OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
-# A parameter that the mask reaches, with the representative that says which entries of it.
+# A parameter that the mask reaches, with what says which entries of it.
 Target = tuple[Representative, Tensor]
 
 # A mask that this share of the entries tie for is a matter of their order more than of training.
@@ -231,12 +238,14 @@ class WormOptimizer(OptimizerWrapper):
         """The newest mask in the form of :attr:`final_mask`; None before the first sample."""
         if not self._history:
             return None
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for representative, mask in zip(self._representatives, self._newest_masks(), strict=True):
-            parameter = self._parameter(representative.name)
-            whole = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-            representative.entries(whole).copy_(mask)
-            masks[representative.name] = whole
+            for part in representative.ranked:
+                parameter = self._parameter(part.name)
+                if part.name not in masks:
+                    masks[part.name] = torch.ones_like(parameter, dtype=torch.bool)
+                entries = part.entries(masks[part.name])
+                entries.copy_(spread_mask(mask, part.units, entries.shape))
         return masks
 
     def __repr__(self) -> str:
@@ -310,12 +319,7 @@ class WormOptimizer(OptimizerWrapper):
         phase = self.phase
         if phase.converged:
             return self._history[-1]
-        entries = {}
-        for representative in self._representatives:
-            parameter = self._parameter(representative.name)
-            check_unsharded(representative.name, parameter)
-            entries[representative.name] = representative.entries(parameter)
-        scores = magnitude_scores(entries)
+        scores = magnitude_scores(self._ranked())
         mask, n_tied = compute_mask(
             scores, self._sizes(), self._prune_ratio, scope=self._scope, min_keep=self._min_keep
         )
@@ -422,9 +426,18 @@ class WormOptimizer(OptimizerWrapper):
     def _masks_identity(self) -> dict[str, Any]:
         """What the masks depend on; two searches that differ in it cannot share a window."""
         return {
-            "parameters": [canonical_name(each.name) for each in self._representatives],
-            "followers": [[canonical_name(f) for f in r.followers] for r in self._representatives],
-            "parts": [f"{each.view}{each.part}" for each in self._representatives],
+            "parameters": [
+                [canonical_name(part.name) for part in each.ranked]
+                for each in self._representatives
+            ],
+            "followers": [
+                [canonical_name(part.name) for part in each.reached[len(each.ranked) :]]
+                for each in self._representatives
+            ],
+            "parts": [
+                [f"{part.view}{part.part}{part.units}" for part in each.reached]
+                for each in self._representatives
+            ],
             "sizes": self._sizes(),
             "prune_ratio": self._prune_ratio,
             "scope": self._scope,
@@ -504,22 +517,35 @@ class WormOptimizer(OptimizerWrapper):
         """
         return attrgetter(name)(self._model)  # type: ignore[no-any-return]
 
+    def _ranked(self) -> dict[str, Tensor]:
+        """What is ranked, by what to call it in a message: entries, or the scores of units."""
+        ranked = {}
+        for index, representative in enumerate(self._representatives):
+            parts = []
+            for part in representative.ranked:
+                parameter = self._parameter(part.name)
+                check_unsharded(part.name, parameter)
+                parts.append((part.entries(parameter), part.units))
+            names = " and ".join(dict.fromkeys(part.name for part in representative.ranked))
+            # Two representatives may be parts of one parameter.
+            label = f"{names} (representative {index})" if names in ranked else names
+            ranked[label] = unit_magnitudes(parts) if representative.units else parts[0][0]
+        return ranked
+
     def _targets(self) -> list[Target]:
-        """Every parameter that the mask reaches: each representative, then its followers."""
+        """Every parameter that the mask reaches, with what says where."""
         return [
-            (representative, self._parameter(name))
+            (part, self._parameter(part.name))
             for representative in self._representatives
-            for name in (representative.name, *representative.followers)
+            for part in representative.reached
         ]
 
     def _sizes(self) -> list[int]:
-        return [r.entries(self._parameter(r.name)).numel() for r in self._representatives]
+        return [r.n_units(self._parameter(r.name)) for r in self._representatives]
 
     def _newest_masks(self) -> list[Tensor]:
-        """The newest mask, cut to the shape of each representative's entries."""
-        cuts = torch.split(newest_mask(self._window), self._sizes())
-        shapes = [r.entries(self._parameter(r.name)).shape for r in self._representatives]
-        return [cut.view(shape) for cut, shape in zip(cuts, shapes, strict=True)]
+        """The newest mask, cut into that of each representative's units."""
+        return list(torch.split(newest_mask(self._window), self._sizes()))
 
     def _mask_buffers(self, entries: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """What a step needs of the newest mask, for the entries of each target in order.
@@ -541,14 +567,15 @@ class WormOptimizer(OptimizerWrapper):
         return (torch.empty_like(entries),)
 
     def _fill_buffers(self, buffers: list[tuple[Tensor, ...]]) -> None:
-        masks = [
-            mask
+        reached = [
+            (part.units, mask)
             for representative, mask in zip(
                 self._representatives, self._newest_masks(), strict=True
             )
-            for _ in (representative.name, *representative.followers)
+            for part in representative.reached
         ]
-        for (buffer, *_), mask in zip(buffers, masks, strict=True):
+        for (buffer, *_), (units, unit_mask) in zip(buffers, reached, strict=True):
+            mask = spread_mask(unit_mask, units, buffer.shape)
             if self._pruned:
                 buffer.copy_(~mask)
             elif self._truncate == "update":

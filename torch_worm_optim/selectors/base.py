@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -37,23 +38,30 @@ def canonical_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Representative:
     """A parameter, or a part of one, whose entries are ranked to draw the mask.
 
     The ranked entries are ``parameter.view(view)[part]``; the defaults take the whole parameter. A
-    mask of them says which entries stay (``True``) and which go.
+    mask of them says which entries stay (``True``) and which go. With ``units`` it is not single
+    entries that are ranked but whole units, such as the filters of a convolution or the heads of an
+    attention layer, by the mean magnitude of their entries: a unit stays or goes whole.
 
     Args:
         name: The parameter's name as in ``model.named_parameters()``.
-        followers: Names of parameters that live and die with the same unit, each of the same shape
-            as ``name``: truncation and pruning reach the same entries of them. A BatchNorm scale's
-            follower is its shift.
+        followers: What lives and dies with the same units and has no say in the ranking: truncation
+            and pruning reach it too. A name stands for the same entries of another parameter of the
+            same shape, as a BatchNorm shift follows its scale; a ``Representative`` says itself
+            where its units lie, and has as many.
         view: Shape that the parameter is viewed in before ``part`` is taken; it may only split
             dimensions, so that the result is a view of any memory layout. ``()`` leaves the shape
             alone.
         part: The index of the ranked entries, one slice per leading dimension of the view. ``()``
             is all.
+        units: How many units the ranked entries hold along each dimension, each a divisor of that
+            dimension; dimensions left out have one. ``()`` ranks every entry on its own.
+        partners: Further entries that make up the same units and are ranked with them, as the query
+            rows and the key rows of a head do; each with as many units.
 
     Example:
         The query and key rows of a fused projection of width 64, and the same for a layout that
@@ -64,14 +72,22 @@ class Representative:
         >>> Representative("blocks.0.attn.qkv.weight", part=(slice(0, 128),)).entries(weight).shape
         torch.Size([128, 64])
         >>> both = (slice(None), slice(0, 2))
-        >>> Representative("qkv.weight", view=(4, 3, 16, 64), part=both).entries(weight).shape
-        torch.Size([4, 2, 16, 64])
+        >>> heads = Representative("qkv.weight", view=(4, 3, 16, 64), part=both, units=(4,))
+        >>> heads.entries(weight).shape, heads.n_units(weight)
+        (torch.Size([4, 2, 16, 64]), 4)
+
+        The 8 filters of a convolution, whose biases go with them:
+
+        >>> Representative("weight", units=(8,), followers=(Representative("bias", units=(8,)),))
+        Representative('weight', units=(8,), followers=(Representative('bias', units=(8,)),))
     """
 
     name: str
-    followers: tuple[str, ...] = ()
+    followers: tuple[str | Representative, ...] = ()
     view: tuple[int, ...] = ()
     part: tuple[slice, ...] = ()
+    units: tuple[int, ...] = ()
+    partners: tuple[Representative, ...] = ()
 
     def entries(self, tensor: Tensor) -> Tensor:
         """The ranked entries of ``tensor``, as a view that shares its memory.
@@ -85,6 +101,38 @@ class Representative:
         if self.view:
             tensor = tensor.view(self.view)
         return tensor[self.part] if self.part else tensor
+
+    def n_units(self, tensor: Tensor) -> int:
+        """How many units are ranked: those of ``units``, or else every entry.
+
+        Args:
+            tensor: The parameter.
+
+        Returns:
+            The number of scores that this representative has.
+        """
+        return math.prod(self.units) if self.units else self.entries(tensor).numel()
+
+    @property
+    def ranked(self) -> tuple[Representative, ...]:
+        """All that makes up the units: this one, without followers, and its partners."""
+        return (replace(self, followers=(), partners=()), *self.partners)
+
+    @property
+    def reached(self) -> tuple[Representative, ...]:
+        """All that the mask reaches: what is ranked, then what follows."""
+        alone = replace(self, followers=(), partners=())
+        followers = (replace(alone, name=f) if isinstance(f, str) else f for f in self.followers)
+        return (*self.ranked, *followers)
+
+    def __repr__(self) -> str:
+        """What was given, and nothing of what was not."""
+        given = [repr(self.name)]
+        for field in ("view", "part", "units", "partners", "followers"):
+            value = getattr(self, field)
+            if value:
+                given.append(f"{field}={value}".replace(", None)", ")"))
+        return f"Representative({', '.join(given)})"
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -72,50 +73,77 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned_ids = {id(parameter) for parameter in owned}
-    named: dict[int, str] = {}
-    taken: set[int] = set()
+    parts_of: dict[int, list[Representative]] = {}
     for representative in representatives:
         if not isinstance(representative, Representative):
             raise TypeError(
                 f"A selector returns a list of Representative, got {representative!r} in it."
             )
-        for name in (representative.name, *representative.followers):
-            if name not in parameters:
-                close = difflib.get_close_matches(name, parameters, n=1)
-                hint = (
-                    f" Did you mean {close[0]!r}?" if close else " See `model.named_parameters()`."
-                )
-                raise ValueError(
-                    f"{type(model).__name__} has no parameter {name!r}, which was selected.{hint}"
-                )
-            _check_rankable(name, parameters[name])
-            if id(parameters[name]) not in owned_ids:
-                raise ValueError(
-                    f"The base optimizer does not own {name!r}, which was selected. Give it to "
-                    "the optimizer, or pass a `selector=` that leaves it out."
-                )
-            first = named.setdefault(id(parameters[name]), name)
-            if first != name or id(parameters[name]) in taken:
-                alias = "" if first == name else f" (as {first!r} and {name!r}: one parameter)"
-                raise ValueError(f"{name!r} is selected twice{alias}. Name each parameter once.")
-            taken.add(id(parameters[name]))
-        _check_part(representative, parameters[representative.name])
-        for follower in representative.followers:
-            if parameters[follower].shape != parameters[representative.name].shape:
-                raise ValueError(
-                    f"The follower {follower!r} has shape {tuple(parameters[follower].shape)}, "
-                    f"but {representative.name!r} has "
-                    f"{tuple(parameters[representative.name].shape)}. A mask reaches a follower "
-                    "entry by entry, so their shapes must be equal."
-                )
+        for part in representative.reached:
+            _check_parameter(part.name, parameters, owned_ids, model)
+        _check_shapes(representative, parameters)
+        for part in representative.reached:
+            others = parts_of.setdefault(id(parameters[part.name]), [])
+            others.append(part)
+            if len(others) > 1:
+                _check_apart(others, parameters[part.name])
     return representatives
 
 
-def _check_part(representative: Representative, parameter: Tensor) -> None:
-    shape = representative.view or tuple(parameter.shape)
+def _check_parameter(
+    name: str, parameters: dict[str, nn.Parameter], owned_ids: set[int], model: nn.Module
+) -> None:
+    if name not in parameters:
+        close = difflib.get_close_matches(name, parameters, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else " See `model.named_parameters()`."
+        raise ValueError(
+            f"{type(model).__name__} has no parameter {name!r}, which was selected.{hint}"
+        )
+    _check_rankable(name, parameters[name])
+    if id(parameters[name]) not in owned_ids:
+        raise ValueError(
+            f"The base optimizer does not own {name!r}, which was selected. Give it to "
+            "the optimizer, or pass a `selector=` that leaves it out."
+        )
+
+
+def _check_shapes(representative: Representative, parameters: dict[str, nn.Parameter]) -> None:
+    for follower in representative.followers:
+        if isinstance(follower, str) and (
+            parameters[follower].shape != parameters[representative.name].shape
+        ):
+            raise ValueError(
+                f"The follower {follower!r} has shape {tuple(parameters[follower].shape)}, "
+                f"but {representative.name!r} has "
+                f"{tuple(parameters[representative.name].shape)}. A mask reaches a follower "
+                "entry by entry, so their shapes must be equal."
+            )
+    for part in representative.reached:
+        _check_part(part, parameters[part.name])
+    n_units = representative.n_units(parameters[representative.name])
+    for part in representative.reached:
+        n_here = part.n_units(parameters[part.name])
+        if n_here != n_units:
+            raise ValueError(
+                f"{part} has {n_here} units, but {representative.name!r}, which it goes with, has "
+                f"{n_units}. State as many with `units`."
+            )
+        if bool(part.units) != bool(representative.units) or part.partners or part.followers:
+            raise ValueError(
+                f"{part} goes with {representative.name!r}: it must have `units` where that has, "
+                "and neither followers nor partners of its own."
+            )
+    if representative.partners and not representative.units:
+        raise ValueError(
+            f"{representative} has partners, which make up units with it: state them with `units`."
+        )
+
+
+def _check_part(part: Representative, parameter: Tensor) -> None:
+    shape = part.view or tuple(parameter.shape)
     bounds = [
-        (part.start or 0, part.stop, part.step or 1) if isinstance(part, slice) else None
-        for part in representative.part
+        (index.start or 0, index.stop, index.step or 1) if isinstance(index, slice) else None
+        for index in part.part
     ]
     fits = math.prod(shape) == parameter.numel() and len(bounds) <= len(shape)
     # Only slices give a view; and those that run over the end are cut short without a word.
@@ -128,14 +156,33 @@ def _check_part(representative: Representative, parameter: Tensor) -> None:
     )
     if not fits:
         raise ValueError(
-            f"{representative.name!r} has shape {tuple(parameter.shape)}, which {representative} "
-            "does not fit: `view` must have as many entries, and `part` one slice for each leading "
-            "dimension, none of them empty or past its end."
+            f"{part.name!r} has shape {tuple(parameter.shape)}, which {part} does not fit: `view` "
+            "must have as many entries, and `part` one slice for each leading dimension, none of "
+            "them empty or past its end."
         )
     try:
-        representative.entries(parameter)
+        entries = part.entries(parameter)
     except RuntimeError as error:
-        raise ValueError(f"{representative} only may split dimensions: {error}") from error
+        raise ValueError(f"{part} only may split dimensions: {error}") from error
+    if len(part.units) > entries.ndim or any(
+        n < 1 or size % n for n, size in zip(part.units, entries.shape, strict=False)
+    ):
+        raise ValueError(
+            f"The entries of {part} have shape {tuple(entries.shape)}: `units` says how many units "
+            "there are along each leading dimension, which they must divide."
+        )
+
+
+def _check_apart(parts: list[Representative], parameter: Tensor) -> None:
+    """Raise if the last part has entries of one before it, perhaps under another name."""
+    taken = torch.zeros(parameter.shape, dtype=torch.bool, device="cpu")
+    for part in parts[:-1]:
+        part.entries(taken).fill_(True)
+    last = parts[-1]
+    if last.entries(taken).any():
+        first = next((part.name for part in parts if part.name != last.name), last.name)
+        alias = f" (as {first!r} and {last.name!r}: one parameter)" if first != last.name else ""
+        raise ValueError(f"{last.name!r} is selected twice{alias}. Name each entry once.")
 
 
 def _check_rankable(name: str, parameter: Tensor) -> None:

@@ -1,0 +1,420 @@
+"""Judge the query/key selection of every architecture of transformers and timm by attention maps.
+
+    python tests/every_attention.py                     # all, some minutes
+    python tests/every_attention.py transformers bert llama
+    python tests/every_attention.py timm vit_tiny_patch16_224
+
+Of transformers all model types that AutoModelForSequenceClassification and AutoModelForCausalLM
+know, small, with random weights and eager attention; of timm the smallest model for every attention
+class that any of its models has. Prints a line for each and how many of how many passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from attention_maps import Verdict, judge, make_attentive_
+from torch import nn
+
+# What makes a config of any model type small, where it has such an attribute.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 4),
+    **dict.fromkeys(
+        ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2
+    ),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "num_encoder_attention_heads",
+            "num_decoder_attention_heads",
+        ),
+        4,
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    "head_dim": 16,
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 96
+    ),
+    **dict.fromkeys(("n_inner", "hidden_dim"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    "vocab_size": 128,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    "cross_attention_hidden_size": 64,
+    "encoder_hash_byte_group_vocab": 64,
+}
+# The same for latent attention.
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "qk_head_dim": 24,
+    "num_key_value_heads": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 4,
+}
+_MIXED = ["linear_attention", "full_attention"] * 2
+_DENSE = ["dense"] * 4
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "hidden_size": 64, "mamba_expand": 2}
+_ZAMBA = {
+    "num_hidden_layers": 6,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention"] * 2,
+    "attention_hidden_size": 128,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "use_mamba_kernels": False,
+}
+_RELATIVE = {
+    "pooler_hidden_size": 64,
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "max_relative_positions": 16,
+}
+_GEMMA = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_size": 64,
+    "vocab_size": 128,
+}
+_GEMMA3N = {
+    **_GEMMA,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [96] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "laurel_rank": 8,
+}
+_GEMMA4 = {**_GEMMA, "intermediate_size": 96, "global_head_dim": 16}
+_LINEAR = {
+    "layer_types": _MIXED,
+    "mlp_layer_types": _DENSE,
+    "num_hidden_layers": 4,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+}
+# What single model types need beyond that, to be built at all or to have every kind of layer.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _LINEAR,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3], "num_hidden_layers": 4},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "codegen": {"rotary_dim": 16},
+    "deberta": _RELATIVE,
+    "deberta-v2": _RELATIVE,
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {
+        **LATENT,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "indexed_attention"] * 2,
+        "mlp_layer_types": _DENSE,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "intermediate_size": 96,
+    },
+    "esmc": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 64},
+    "funnel": {
+        "block_sizes": [2, 2],
+        "num_decoder_layers": 1,
+        "d_head": 16,
+        "n_head": 4,
+        "d_model": 64,
+        "d_inner": 96,
+    },
+    "gemma3n_text": _GEMMA3N,
+    "gemma4_text": _GEMMA4,
+    "gemma3n": {"text_config": _GEMMA3N},
+    "gptj": {"rotary_dim": 16},
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": _MIXED,
+        "num_hidden_layers": 4,
+        "shared_intermediate_size": 64,
+        "position_embedding_type": "rope",
+    },
+    "hrm_text": {"num_hidden_layers": 8, "num_layers_per_stack": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+    },
+    "kimi_linear": _LINEAR,
+    "layoutlmv3": {
+        "coordinate_size": 8,
+        "shape_size": 16,
+        "input_size": 32,
+        "visual_embed": False,
+        "hidden_size": 64,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_dense_layers": 1,
+    },
+    "lilt": {"channel_shrink_ratio": 4, "hidden_size": 96, "num_attention_heads": 4},
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": 32},
+    "mistral4": {"num_key_value_heads": 4, "num_attention_heads": 4, "hidden_size": 64},
+    "mobilebert": {
+        "embedding_size": 32,
+        "hidden_size": 64,
+        "true_hidden_size": 32,
+        "intra_bottleneck_size": 32,
+    },
+    "mt5": {"decoder_start_token_id": 0, "d_kv": 16},
+    "nemotron": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+    },
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 32,
+        "d_model": 48,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+        "qk_channels": 32,
+        "v_channels": 32,
+        "image_size": 8,
+    },
+    "qwen4_exp_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+        "ple_embed_dim": 64,
+        "vocab_size": 128,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    },
+    "reformer": {
+        "axial_pos_embds": False,
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        "attention_head_size": 16,
+        "num_buckets": 2,
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+        "hash_seed": 0,
+    },
+    "t5": {"decoder_start_token_id": 0, "d_kv": 16},
+    "umt5": {"decoder_start_token_id": 0, "d_kv": 16},
+    "xlnet": {"d_model": 64, "n_head": 4, "d_inner": 96, "n_layer": 4},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {**_ZAMBA, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "zamba2": {
+        **_ZAMBA,
+        "kv_channels": 16,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+        "hidden_size": 64,
+        "adapter_rank": 8,
+        "num_mem_blocks": 1,
+    },
+}
+_MOST_PARAMETERS = 120e6
+
+
+def shrink(config: Any) -> Any:
+    """Set what can be set; a config that refuses a value keeps its own."""
+    from transformers import PretrainedConfig
+
+    for name, value in SMALL.items():
+        _try_set(config, name, value)
+    if isinstance(_get(config, "kv_lora_rank"), int):
+        for name, value in LATENT.items():
+            _try_set(config, name, value)
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types", "attn_layers"):
+        value = _get(config, name)
+        if isinstance(value, list) and len(value) > 4:
+            setattr(config, name, value[:4])
+    for value in list(vars(config).values()):
+        if isinstance(value, PretrainedConfig):
+            shrink(value)
+    return config
+
+
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # it differs from layer to layer
+        return None
+
+
+def _try_set(config: Any, name: str, value: Any) -> None:
+    old = _get(config, name)
+    if isinstance(old, (list, tuple, dict)) or (old is None and name in ("num_key_value_heads",)):
+        return
+    if old is None and name not in vars(config):
+        return
+    _set(config, name, value)
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    with contextlib.suppress(ValueError, TypeError, AttributeError, NotImplementedError):
+        setattr(config, name, value)  # what is refused is derived from others that are set
+
+
+def small_transformer(model_type: str, auto: Any) -> nn.Module:
+    """A small model of this type, with eager attention."""
+    from transformers import CONFIG_MAPPING
+
+    special = SPECIAL.get(model_type, {})
+    config = shrink(CONFIG_MAPPING[model_type](**special))
+    for name, value in special.items():
+        _set(config, name, value)
+    torch.manual_seed(0)
+    return auto.from_config(config, attn_implementation="eager").float().eval()
+
+
+def tokens(seed: int, length: int = 11) -> torch.Tensor:
+    """Two sentences that end with the end-of-sentence token."""
+    ids = torch.randint(5, 60, (2, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, -1] = 2
+    return ids
+
+
+def judge_model(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> Verdict:
+    """With weights as large as they can be without maps that see one position only."""
+    if sum(parameter.numel() for parameter in model.parameters()) > _MOST_PARAMETERS:
+        return Verdict(False, False, "it cannot be made small", 0, 0)
+    verdict = Verdict(False, False, "", 0, 0)
+    for gain in (2, 1, 0.5, 0.2):
+        make_attentive_(model, gain)
+        verdict = judge(model, *(lambda kwargs=kwargs: model(**kwargs) for kwargs in inputs))
+        if "from the start" not in verdict.reason:
+            break
+    return verdict
+
+
+def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
+    """Every model type of the two mappings that the issue of a selector is about."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.models.auto import modeling_auto
+
+    for auto, known in (
+        (
+            AutoModelForSequenceClassification,
+            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        ),
+        (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        for model_type in known:
+            if only and model_type not in only:
+                continue
+            name = f"{auto.__name__.removeprefix('AutoModelFor')} {model_type}"
+            yield (
+                name,
+                _guarded(
+                    lambda model_type=model_type, auto=auto: judge_model(
+                        small_transformer(model_type, auto),
+                        [{"input_ids": tokens(seed)} for seed in (1, 2)],
+                    ),
+                    bool(only),
+                ),
+            )
+
+
+def of_timm(only: list[str]) -> Iterator[tuple[str, Verdict]]:
+    """The smallest timm model for every class of attention layer that any has."""
+    import timm
+
+    from torch_worm_optim.selectors.attention import attention_blocks
+
+    timm.layers.set_fused_attn(False)
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in only or timm.list_models():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        for path, module in model.named_modules():
+            if attention_blocks(path, module, {}):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                smallest[kind] = min(smallest.get(kind, (size, name)), (size, name))
+    for kind, (_, name) in sorted(smallest.items()):
+
+        def build(name: str = name) -> Verdict:
+            torch.manual_seed(0)
+            model = timm.create_model(name).eval()
+            shape = (1, *model.default_cfg["input_size"])
+            images = [
+                torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in (1, 2)
+            ]
+            return judge_model(model, [{"x": image} for image in images])
+
+        yield f"{kind} in {name}", _guarded(build, bool(only))
+
+
+def _guarded(work: Any, loud: bool) -> Verdict:
+    try:
+        return work()
+    except Exception as error:  # a model that cannot be built must not hide the others
+        if loud:
+            traceback.print_exc()
+        message = f"{type(error).__name__}: {error}".replace("\n", " ")
+        return Verdict(False, False, message[:200], 0, 0)
+
+
+def main() -> None:
+    """Judge all, or those that are named."""
+    warnings.filterwarnings("ignore")
+    torch.backends.mha.set_fastpath_enabled(False)
+    library, only = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    for name, judged in (("transformers", of_transformers), ("timm", of_timm)):
+        if library not in ("", name):
+            continue
+        verdicts = []
+        for what, verdict in judged(only):
+            verdicts.append(verdict)
+            word = ("uniform" if verdict.uniform else "by position") if verdict.passed else "FAILED"
+            counts = f"{verdict.n_layers} layers, {verdict.n_fused} fused"
+            print(f"{word:12}{what}: {counts}. {verdict.reason}", flush=True)
+        passed = sum(verdict.passed for verdict in verdicts)
+        print(f"== {name}: {passed} of {len(verdicts)} passed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Where queries, keys and values lie in the weights of attention layers: one table.
+
+A layout says what the output features of a weight are, block after block:
+
+==================================================  ============================================
+``"q"``                                             all are queries
+``"q k v"``                                         three equal blocks: timm's and GPT-2's way
+``"num_heads * (q k v)"``                           that for every head in turn: GPT-NeoX's way
+``"q=embed_dim k v"``                               as many queries as the module's ``embed_dim``;
+                                                    blocks without a size share the rest equally
+``"num_heads * (k=qk_nope_head_dim v=v_head_dim)"`` sizes are integers, attributes of the module or
+                                                    of its ``config``, or products ``a*b`` of them
+``"_ * (q=dim k=dim v=dim)"``                       as many times as it takes
+==================================================  ============================================
+
+Blocks named ``q``, ``k`` and ``qk`` (one projection for both) make queries and keys, and so does
+``kv`` where the same tensor is read as key and as value. ``v`` makes values. Any other name makes
+neither: ``gate``, or the ``latent`` from which both keys and values are made. ``q_rank`` is the way
+down of low-rank queries: queries, but of no head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# A weight (or the module that has it) by its path in the attention module, and its layout; or what
+# tells the layout from the attention module, where one class has several.
+Layouts = Mapping[str, str | Callable[[Any], str]]
+
+
+def _separate(q: str, k: str, v: str) -> Layouts:
+    return {q: "q", k: "k", v: "v"}
+
+
+_LATENT: Layouts = {
+    "kv_a_proj_with_mqa": "latent=kv_lora_rank k=qk_rope_head_dim",
+    "kv_b_proj": "num_heads * (k=qk_nope_head_dim v=v_head_dim)",
+}
+
+# Names that mean the same in every class that has all of them.
+BY_NAMES: tuple[Layouts, ...] = (
+    {"q_a_proj": "q_rank", "q_b_proj": "q", **_LATENT},  # DeepSeek's latent attention
+    {"q_proj": "q", **_LATENT},
+    _separate("query", "key", "value"),
+    _separate("q_proj", "k_proj", "v_proj"),
+    _separate("query_proj", "key_proj", "value_proj"),
+    _separate("q_lin", "k_lin", "v_lin"),
+    _separate("to_q", "to_k", "to_v"),
+    _separate("add_q_proj", "add_k_proj", "add_v_proj"),  # the text half of diffusers' attention
+    _separate("linear_q", "linear_k", "linear_v"),
+    _separate("q_head", "k_head", "v_head"),
+    _separate("project_q", "project_k", "project_v"),
+    _separate("query_global", "key_global", "value_global"),
+    _separate("layout_query", "layout_key", "layout_value"),
+    _separate("wq", "wk", "wv"),
+    _separate("Wq", "Wk", "Wv"),
+    _separate("q", "k", "v"),
+)
+
+_QKV: Layouts = {"qkv": "q k v"}
+_Q_KV: Layouts = {"q": "q", "kv": "k v"}
+_BY_HEAD = "num_heads * (q k v)"
+_GATED: Layouts = {"q_proj": "num_attention_heads * (q gate)", "k_proj": "k", "v_proj": "v"}
+
+
+def _falcon(module: Any) -> str:
+    if module.new_decoder_architecture:
+        return "num_kv_heads * (q k=head_dim v=head_dim)"
+    return "q k=head_dim v=head_dim" if module.multi_query else _BY_HEAD
+
+
+# Everything else, by class: the package (for timm, the file too) and the name of the class.
+BY_CLASS: dict[str, Layouts] = {
+    "torch.MultiheadAttention": {
+        "in_proj_weight": "q k v",
+        "in_proj_bias": "q k v",
+        "q_proj_weight": "q",
+        "k_proj_weight": "k",
+        "v_proj_weight": "v",
+    },
+    # transformers
+    "transformers.AXK2Attention": {
+        "q_a_proj": "q_rank",
+        "q_gate_proj": "num_heads * (q=qk_head_dim gate=v_head_dim)",
+        **_LATENT,
+    },
+    "transformers.BloomAttention": {"query_key_value": _BY_HEAD},
+    "transformers.CodeGenAttention": {"qkv_proj": "4 * (q v k)"},
+    "transformers.DeepseekV4Attention": {"q_a_proj": "q_rank", "q_b_proj": "q", "kv_proj": "kv"},
+    "transformers.DeepseekV4CSACompressor": {"kv_proj": "kv"},
+    "transformers.DeepseekV4HCACompressor": {"kv_proj": "kv"},
+    "transformers.DeepseekV4Indexer": {},  # picks positions, and has no attention map
+    "transformers.DisentangledSelfAttention": {
+        "in_proj": "num_attention_heads * (q k v)",
+        "q_bias": "q",
+        "query_proj": "q",
+        "key_proj": "k",
+        "value_proj": "v",
+    },
+    "transformers.FalconAttention": {"query_key_value": _falcon},
+    "transformers.GPT2Attention": {
+        "c_attn": lambda module: "k v" if module.is_cross_attention else "q k v",
+        "q_attn": "q",
+    },
+    "transformers.GPTBigCodeAttention": {
+        "c_attn": lambda module: (
+            "k v"
+            if module.is_cross_attention
+            else "q=embed_dim k v"
+            if module.multi_query
+            else _BY_HEAD
+        ),
+        "q_attn": "q",
+    },
+    "transformers.GPTNeoXAttention": {"query_key_value": "num_attention_heads * (q k v)"},
+    "transformers.GPTNeoXJapaneseAttention": {"query_key_value": "num_attention_heads * (q k v)"},
+    # Layers that reuse the keys of another have none of their own, and some have no values.
+    "transformers.Gemma3nTextAttention": _separate("q_proj", "k_proj", "v_proj"),
+    "transformers.Gemma4TextAttention": {
+        "q_proj": "q",
+        "k_proj": lambda module: "k" if getattr(module, "v_proj", None) is not None else "kv",
+        "v_proj": "v",
+    },
+    "transformers.JetMoeAttention": {"experts.input_linear": "q", "kv_proj": "k v"},
+    "transformers.Glm5NextTextLinearAttention": {},
+    "transformers.LSHSelfAttention": {"query_key": "qk", "value": "v"},
+    "transformers.LukeSelfAttention": {
+        **_separate("query", "key", "value"),
+        "w2e_query": "q",
+        "e2w_query": "q",
+        "e2e_query": "q",
+    },
+    "transformers.FunnelRelMultiheadAttention": {
+        **_separate("q_head", "k_head", "v_head"),
+        "r_w_bias": "q",
+        "r_r_bias": "q",
+        "r_s_bias": "q",
+    },
+    "transformers.ModernBertAttention": {"Wqkv": "q k v"},
+    "transformers.MptAttention": {"Wqkv": "q k v"},
+    "transformers.PersimmonAttention": {"query_key_value": _BY_HEAD},
+    "transformers.Phi3Attention": {"qkv_proj": "q=num_attention_heads*head_dim k v"},
+    "transformers.Phi4MultimodalAttention": {"qkv_proj": "q=num_attention_heads*head_dim k v"},
+    "transformers.Qwen3NextAttention": _GATED,
+    "transformers.Qwen3_5Attention": _GATED,
+    "transformers.Qwen3_5MoeAttention": _GATED,
+    "transformers.Qwen3_5VisionAttention": _QKV,
+    "transformers.Qwen3_5MoeVisionAttention": _QKV,
+    "transformers.Qwen4ExpTextAttention": _GATED,
+    "transformers.Qwen4ExpVisionAttention": _QKV,
+    "transformers.GotOcr2VisionAttention": _QKV,
+    "transformers.Dots3NoteVisionAttention": _QKV,
+    "transformers.ZayaCCAProjection": {"q_proj": "q", "k_proj": "k"},
+    "transformers.modeling_openai.Attention": {"c_attn": "q k v"},
+    "transformers.MoshiAttention": _separate("q_proj.linear", "k_proj.linear", "v_proj.linear"),
+    "transformers.XLNetRelativeAttention": {
+        **_separate("q", "k", "v"),
+        "r_w_bias": "q",
+        "r_r_bias": "q",
+        "r_s_bias": "q",
+    },
+    # timm
+    "timm.attention.Attention": _QKV,
+    "timm.attention.AttentionRope": {**_QKV, **_separate("q_proj", "k_proj", "v_proj")},
+    "timm.attention2d.Attention2d": _QKV,
+    "timm.attention2d.MultiQueryAttention2d": _separate("query.proj", "key.proj", "value.proj"),
+    "timm.attention_pool.AttentionPoolLatent": _Q_KV,
+    "timm.attention_pool2d.AttentionPool2d": {**_QKV, **_separate("q", "k", "v")},
+    "timm.attention_pool2d.RotAttentionPool2d": {**_QKV, **_separate("q", "k", "v")},
+    "timm.beit.Attention": {**_QKV, "q_bias": "q"},
+    "timm.bottleneck_attn.BottleneckAttn": {"qkv": "q=dim_out_qk k=dim_out_qk v=dim_out_v"},
+    "timm.cait.TalkingHeadAttn": _QKV,
+    "timm.coat.FactorAttnConvRelPosEnc": _QKV,
+    "timm.convit.GPSA": {"qk": "q k", "v": "v"},
+    "timm.convit.MHSA": _QKV,
+    "timm.cpubone.ConvAttention": {"pwise": _BY_HEAD},
+    "timm.csatv2.SpatialTransformerBlock": _QKV,
+    "timm.davit.ChannelAttention": _QKV,
+    "timm.davit.ChannelAttentionV2": _QKV,
+    "timm.davit.WindowAttention": _QKV,
+    "timm.diff_attention.DiffAttention": _QKV,
+    "timm.edgenext.CrossCovarianceAttn": _QKV,
+    "timm.efficientformer.Attention": {"qkv": "num_heads * (q=key_dim k=key_dim v=val_dim)"},
+    "timm.efficientformer_v2.Attention2d": _separate("q.conv", "k.conv", "v.conv"),
+    "timm.efficientformer_v2.Attention2dDownsample": _separate("q.proj.conv", "k.conv", "v.conv"),
+    "timm.efficientvit_mit.LiteMLA": {"qkv.conv": "_ * (q=dim k=dim v=dim)"},
+    "timm.efficientvit_msra.CascadedGroupAttention": {"qkvs.*.conv": "q=key_dim k=key_dim v"},
+    "timm.eva.EvaAttention": {**_QKV, **_separate("q_proj", "k_proj", "v_proj"), "q_bias": "q"},
+    "timm.fastvit.Attention": _QKV,
+    "timm.gcvit.WindowAttentionGlobal": {
+        "qkv": lambda module: "k v" if module.use_global else "q k v"
+    },
+    "timm.gemma4_vit.Gemma4Attention": _separate("q_proj.linear", "k_proj.linear", "v_proj.linear"),
+    "timm.halo_attn.HaloAttn": {"q": "q", "kv": "num_heads * (k=dim_head_qk v=dim_head_v)"},
+    "timm.hiera.MaskUnitAttention": _QKV,
+    "timm.hieradet_sam2.MultiScaleAttention": _QKV,
+    "timm.iformer.SHMA": {"q.c": "q", "k.c": "k", "v_gate.c": "v gate"},
+    "timm.lambda_layer.LambdaLayer": {"qkv": "q=num_heads*dim_qk k=dim_qk v=dim_v"},
+    "timm.levit.Attention": {"qkv.linear": "num_heads * (q=key_dim k=key_dim v=val_dim)"},
+    "timm.levit.AttentionDownsample": {
+        "q.ln.linear": "q",
+        "kv.linear": "num_heads * (k=key_dim v=val_dim)",
+    },
+    "timm.lowformer.ConvAttention": {"pwise": _BY_HEAD},
+    "timm.maxxvit.Attention2d": {"qkv": lambda m: _BY_HEAD if m.head_first else "q k v"},
+    "timm.maxxvit.AttentionCl": {"qkv": lambda m: _BY_HEAD if m.head_first else "q k v"},
+    "timm.metaformer.Attention": _QKV,
+    "timm.mobilevit.LinearSelfAttention": {"qkv_proj": "q=1 k v"},
+    "timm.mvitv2.MultiScaleAttention": _QKV,
+    "timm.mvitv2.MultiScaleAttentionPoolFirst": _separate("q", "k", "v"),
+    "timm.nest.Attention": _QKV,
+    "timm.pvt_v2.Attention": _Q_KV,
+    "timm.shvit.SHSA": {"qkv.c": "q=qk_dim k=qk_dim v=pdim"},
+    "timm.swiftformer.EfficientAdditiveAttention": {"to_query": "q", "to_key": "k"},
+    "timm.swin_transformer.WindowAttention": _QKV,
+    "timm.swin_transformer_v2.WindowAttention": {**_QKV, "q_bias": "q"},
+    "timm.swin_transformer_v2_cr.WindowMultiHeadAttention": _QKV,
+    "timm.tiny_vit.Attention": {"qkv": "num_heads * (q=key_dim k=key_dim v=val_dim)"},
+    "timm.tnt.Attention": {"qk": "q k", "v": "v"},
+    "timm.twins.GlobalSubSampleAttn": _Q_KV,
+    "timm.twins.LocallyGroupedAttn": _QKV,
+    "timm.visformer.Attention": _QKV,
+    "timm.vision_transformer_relpos.RelPosAttention": _QKV,
+    "timm.vision_transformer_sam.Attention": _QKV,
+    "timm.volo.Attention": _QKV,
+    "timm.volo.ClassAttention": _Q_KV,
+    "timm.xcit.XCA": _QKV,
+    # diffusers, whose attention may be fused later
+    "diffusers.Attention": {
+        **_separate("to_q", "to_k", "to_v"),
+        **_separate("add_q_proj", "add_k_proj", "add_v_proj"),
+        "to_qkv": "q k v",
+        "to_kv": "k v",
+        "to_added_qkv": "q k v",
+    },
+}
+
+# Layers that have queries and keys by name, and no attention map: linear attention in its forms.
+WITHOUT_MAP = re.compile(r"DeltaNet|DeltaAttention|LightningAttention|Mamba|Rwkv")
+
+# How a projection that holds several others is called. In a class that the table does not have, its
+# layout differs from author to author (blocks, heads interleaved, groups), so it is never guessed.
+FUSED_NAME = re.compile(
+    r"(to_|in_proj_|added_|W)?(qkvs?|qk|kv)(_proj|_linear|_lin)?|query_key(_value)?|key_value|c_attn"
+)
+
+# Where the output features lie: how many dimensions stand before them and after them. For all other
+# weights the first dimension is theirs.
+OUTPUT_DIM = {
+    "Conv1D": (1, 0),  # GPT-2's
+    "JetMoeParallelExperts": (1, 1),
+    "MoshiFlexibleLinear": (1, 1),
+    "XLNetRelativeAttention": (1, 0),
+}
+
+# How attention modules, or their configs, call the rows of a head and the number of heads.
+HEAD_WIDTHS = (
+    "qk_head_dim",
+    "qk_channels_per_head",
+    "dim_head_qk",
+    "key_dim",
+    "head_dim",
+    "attention_head_size",
+    "head_size",
+    "key_value_proj_dim",
+    "d_head",
+    "dim_head",
+)
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
