@@ -15,28 +15,21 @@ runs out of epochs before its rule is met.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import timm
 import torch
+from matplotlib import pyplot as plt
+from report import Run, add_search_arguments, plot_trajectory, table, write
 from timm.models import VGG, ResNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_worm_optim import MaskSample, Phase, WormOptimizer
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
-COLORS = {"EB Train": "tab:orange", "WORM": "tab:blue"}
+from torch_worm_optim import WormOptimizer
 
 
 @dataclass
@@ -63,21 +56,6 @@ class Data:
     def steps(self, size: int) -> int:
         """Batches in an epoch."""
         return len(self.train_labels) // size
-
-
-@dataclass
-class Run:
-    """What one search of one seed came to."""
-
-    method: str
-    seed: int
-    found: bool
-    search_epochs: int
-    search_seconds: float
-    accuracy: dict[str, float]
-    history: list[MaskSample]
-    steps_per_epoch: int
-    ticket: dict[str, Tensor]
 
 
 def load_digits(args: argparse.Namespace) -> tuple[np.ndarray, ...]:
@@ -167,12 +145,12 @@ def build(args: argparse.Namespace, data: Data, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Share of test images that are classified right."""
+    """Test images that are classified right, in %."""
     model.eval()
     pairs = zip(data.test_images.split(500), data.test_labels.split(500), strict=True)
     right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
     model.train()
-    return right / len(data.test_labels)
+    return 100 * right / len(data.test_labels)
 
 
 def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tqdm) -> tuple:
@@ -213,7 +191,7 @@ def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tq
         found=opt.converged,
         search_epochs=epochs,
         search_seconds=time.perf_counter() - start,
-        accuracy={"before pruning": accuracy(model, data)},
+        scores={"before pruning": accuracy(model, data)},
         history=opt.history,
         steps_per_epoch=steps,
         ticket=opt.final_mask if opt.converged else opt.candidate_mask or {},
@@ -238,7 +216,7 @@ def progress(what: str, n_steps: int | None = None) -> tqdm:
 def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
     """Both searches of one seed, pruned and trained on to the same number of epochs."""
     searched = []
-    for method in COLORS:
+    for method in ("EB Train", "WORM"):
         with progress(f"seed {seed}, {method}: search") as bar:
             searched.append(search(args, data, method, seed, bar))
     runs = [run for *_, run in searched]
@@ -248,87 +226,18 @@ def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
         if not run.found:
             continue
         opt.prune()
-        run.accuracy["after pruning"] = accuracy(model, data)
+        run.scores["after pruning"] = accuracy(model, data)
         epochs = total - run.search_epochs
         n_steps = epochs * run.steps_per_epoch
         with progress(f"seed {seed}, {run.method}: retrain", n_steps) as bar:
             for epoch in range(1, epochs + 1):
                 train_epoch(args, model, opt, data, order, bar)
                 if epoch in (1, args.retrain_epochs):
-                    run.accuracy[f"{epoch} epoch{'s' * (epoch > 1)} retrained"] = accuracy(
+                    run.scores[f"{epoch} epoch{'s' * (epoch > 1)} retrained"] = accuracy(
                         model, data
                     )
-        run.accuracy["at equal epochs"] = accuracy(model, data)
+        run.scores["at equal epochs"] = accuracy(model, data)
     return runs
-
-
-def table(runs: list[Run]) -> str:
-    """Both methods side by side, means over seeds with the deviation where there are several."""
-
-    def cell(values: list[float], form: str) -> str:
-        if not values:
-            return "-"
-        spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
-        return format(statistics.mean(values), form) + spread
-
-    rows = [["", *COLORS]]
-    by_method = [[run for run in runs if run.method == method and run.found] for method in COLORS]
-    rows.append(
-        ["epochs to the ticket", *[cell([r.search_epochs for r in m], ".1f") for m in by_method]]
-    )
-    rows.append(
-        ["seconds to the ticket", *[cell([r.search_seconds for r in m], ".1f") for m in by_method]]
-    )
-    for key in max((run.accuracy for run in runs), key=len):
-        values = [[100 * run.accuracy[key] for run in m if key in run.accuracy] for m in by_method]
-        rows.append([f"accuracy {key}, %", *[cell(v, ".2f") for v in values]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def plot_trajectory(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
-    """Largest and mean distance over training, the paper's Figure 1 for both methods."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for run in runs:
-        color, alone = COLORS[run.method], run.seed == runs[0].seed
-        samples = [s for s in run.history if s.max_distance is not None]
-        epochs = [s.step / run.steps_per_epoch for s in samples]
-        look = {"color": color, "linewidth": 2 if alone else 0.8, "alpha": 1 if alone else 0.4}
-        label = run.method if alone else None
-        axes.plot(
-            epochs, [s.max_distance for s in samples], label=label and f"{label}, largest", **look
-        )
-        axes.plot(
-            epochs,
-            [s.mean_distance for s in samples],
-            label=label and f"{label}, mean",
-            linestyle="--",
-            **look,
-        )
-        if run.found and samples:
-            axes.plot(epochs[-1], samples[-1].max_distance, "*", color=color, markersize=13)
-        truncating = [s for s in samples if s.phase is Phase.TRUNCATING]
-        if run.method == "WORM" and truncating:
-            first = truncating[0]
-            axes.plot(first.step / run.steps_per_epoch, first.mean_distance, "o", color=color)
-    axes.axhline(args.stopping_point, color="0.3", linewidth=1)
-    axes.axhline(args.stopping_point + args.margin, color="0.3", linewidth=1, linestyle=":")
-    for height, text in (
-        (args.stopping_point, "stopping point:\nlargest below"),
-        (args.stopping_point + args.margin, "trigger point:\nmean below"),
-    ):
-        at = ("axes fraction", "data")
-        axes.annotate(text, (1.01, height), xycoords=at, va="center", fontsize=8, color="0.3")
-    axes.set(xlabel="epoch", ylabel="mask distance", title=title(args))
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.plot([], [], "*", color="0.4", markersize=11, label="ticket found")
-    axes.plot([], [], "o", color="0.4", label="truncation starts")
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_channels(runs: list[Run], args: argparse.Namespace, path: Path) -> None:
@@ -399,21 +308,8 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, default=32, help="images in a batch")
     add("--max-epochs", type=int, default=60, help="give up the search after so many")
     add("--retrain-epochs", type=int, default=3, help="epochs after pruning, at least")
-    add("--prune-ratio", type=float, default=0.5, help="p: share of channels to remove")
-    add("--stopping-point", type=float, default=0.1, help="s: converged when all are below")
-    add(
-        "--margin",
-        type=float,
-        default=0.05,
-        help="delta: truncation starts below s + delta",
-    )
-    add("--window", type=int, default=5, help="l: masks compared, the newest counted")
-    add("--truncation", type=float, default=3e-3, help="r: what is left of a gradient")
-    add("--sample-every", type=int, help="steps between masks (default: an epoch)")
-    add("--scope", choices=["global", "layer"], default="global", help="what is ranked together")
-    add("--min-keep", type=int, default=1, help="channels of each layer that always stay")
     add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")
-    add("--trigger", choices=["distance", "always"], default="distance", help="when to truncate")
+    add_search_arguments(parser, window=5, stopping_point=0.1, margin=0.05)
     return parser.parse_args()
 
 
@@ -425,32 +321,9 @@ def main() -> None:
     runs = [run for seed in range(args.seeds) for run in compare(args, data, seed)]
 
     args.out.mkdir(parents=True, exist_ok=True)
-    plot_trajectory(runs, args, args.out / "trajectory.png")
+    plot_trajectory(runs, args, title(args), args.out / "trajectory.png")
     plot_channels(runs, args, args.out / "channels.png")
-    torch.save([run.ticket for run in runs], args.out / "ticket.pt")
-    results = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "runs": [
-            {
-                name: value
-                for name, value in asdict(run).items()
-                if name not in ("history", "ticket")
-            }
-            | {"distances": [[s.step, s.max_distance, s.mean_distance] for s in run.history]}
-            for run in runs
-        ],
-    }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{title(args)}, {args.seeds} seed(s)\n\n{table(runs)}\n\nPictures are in {args.out}/.")
-
-    lost = [f"{run.method}, seed {run.seed}" for run in runs if not run.found]
-    if lost:
-        print(
-            f"\nNo ticket within {args.max_epochs} epochs: {'; '.join(lost)}. Raise --max-epochs "
-            "or --stopping-point, or draw masks more often with --sample-every.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+    write(runs, args, f"{title(args)}, {args.seeds} seed(s)\n\n{table(runs, 'accuracy, %,')}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -29,6 +30,7 @@ _POSITIONS = re.compile(
     r"(r|r_kernel|seg_embed|r_proj|sink_proj|dt_proj|(pos_(key_|query_|q_)?|relative_k_)proj|relative_pos\w*)(\.|$)"
 )
 _TOLERANCE = 1e-5
+_MOST_OF_A_KIND = 4
 
 
 class Verdict(NamedTuple):
@@ -198,9 +200,13 @@ def judge(
             return Verdict(False, False, f"without {what}, {looking} still looks", *counts)
 
     handled: set[int] = set()
+    of_kind: Counter[type] = Counter()
     for path, own in layers.items():
-        if any(id(b.parameter) in handled for b in own):
-            continue  # its weights are those of an earlier layer, which changes what it sees
+        kind = type(model.get_submodule(path))
+        of_kind[kind] += 1
+        # Weights of an earlier layer change what this one sees; and layers of a kind are alike.
+        if any(id(b.parameter) in handled for b in own) or of_kind[kind] > _MOST_OF_A_KIND:
+            continue
         handled.update(id(b.parameter) for b in own)
         rest = [
             (b.parameter, where & ~selected.get(_name(parameters, b), torch.zeros(1).bool()))

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from training import BASES, same, small_cnn, train, weights_of
 
-from torch_worm_optim import BatchNormSelector, Phase, Representative, WormOptimizer
+from torch_worm_optim import (
+    BatchNormSelector,
+    Phase,
+    QueryKeySelector,
+    Representative,
+    WormOptimizer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
 
@@ -132,8 +138,8 @@ def test_names_are_saved_without_what_wrappers_add():
     model.add_module("module", inner)
     opt = WormOptimizer(BASES["SGD"](model.parameters()), model, **SEARCH)
     assert opt.state_dict()["param_groups"][0]["worm"]["identity"]["parameters"] == [
-        "1.weight",
-        "4.weight",
+        ["1.weight"],
+        ["4.weight"],
     ]
 
     bare = small_cnn()
@@ -319,3 +325,47 @@ def test_a_copy_goes_its_own_way(how, with_scheduler):
     train(model, opt, range(14, N_STEPS))
     assert same(weights_of(model), weights_of(other_model))
     assert opt.history == other.history
+
+
+def test_a_search_over_units_resumes():
+    """Units of several parameters, and biases, go on bit for bit; other units are refused."""
+
+    def build(granularity):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q", "k", "v")})
+        model.num_heads = 2
+        opt = WormOptimizer(
+            torch.optim.SGD(model.parameters(), 0.5),
+            model,
+            QueryKeySelector(granularity=granularity),
+            sample_every=1,
+            window=3,
+            trigger="always",
+            stopping_point=0,
+        )
+        return model, opt
+
+    def train(model, opt, steps):
+        for step in steps:
+            x = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
+            opt.zero_grad()
+            (model["q"](x) * model["k"](x) * model["v"](x)).square().mean().backward()
+            opt.step()
+
+    whole, other = build("dim"), build("dim")
+    train(*whole, range(8))
+    train(*other, range(4))
+    saved = io.BytesIO()
+    torch.save([other[0].state_dict(), other[1].state_dict()], saved)
+    saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    resumed = build("dim")
+    resumed[0].load_state_dict(weights)
+    resumed[1].load_state_dict(state)
+    train(*resumed, range(4, 8))
+
+    assert resumed[1].history == whole[1].history
+    for name, parameter in whole[0].named_parameters():
+        assert parameter.equal(resumed[0].get_parameter(name))
+    with pytest.raises(ValueError, match="saved for other masks: its `parts`"):
+        build("head")[1].load_state_dict(state)

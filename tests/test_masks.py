@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,8 @@ from torch_worm_optim.masks import (
     new_window,
     newest_mask,
     push_mask_,
+    spread_mask,
+    unit_magnitudes,
     window_distances,
 )
 
@@ -243,3 +246,64 @@ def test_masks_are_the_same_on_every_device(dtype, scope):
         push_mask_(bits, mask)
         push_mask_(bits, mask.roll(1))
     assert window_distances(windows[0], 2) == window_distances(windows[1], 2)
+
+
+@st.composite
+def units_of_entries(draw):
+    """A shape and how many units there are along each of its first dimensions."""
+    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    n_cut = draw(st.integers(1, len(sizes)))
+    units = [draw(st.sampled_from([n for n in range(1, s + 1) if s % n == 0])) for s in sizes]
+    return tuple(sizes), tuple(units[:n_cut])
+
+
+def unit_of(index, shape, units):
+    """The unit of an entry, counted in the order of the unit grid: written out from the words."""
+    number = 0
+    for position, (i, size) in enumerate(zip(index, shape, strict=True)):
+        n = units[position] if position < len(units) else 1
+        number = number * n + i // (size // n)
+    return number
+
+
+@given(units_of_entries(), st.integers(0, 100))
+def test_units_are_blocks_of_entries(case, seed):
+    """Means over blocks and masks of blocks are those of a walk over single entries."""
+    shape, units = case
+    generator = torch.Generator().manual_seed(seed)
+    entries = torch.randn(shape, generator=generator, dtype=torch.float64)
+    n_units = math.prod(units)
+    members = [[] for _ in range(n_units)]
+    for index in itertools.product(*map(range, shape)):
+        members[unit_of(index, shape, units)].append(index)
+
+    scores = unit_magnitudes([(entries, units)])
+    mask = torch.rand(n_units, generator=generator) < 0.5
+    spread = spread_mask(mask, units, shape)
+
+    for unit, indices in enumerate(members):
+        mean = sum(abs(float(entries[index])) for index in indices) / len(indices)
+        assert math.isclose(float(scores[unit]), mean, rel_tol=1e-12)
+        assert all(bool(spread[index]) == bool(mask[unit]) for index in indices)
+    both = unit_magnitudes([(entries, units), (2 * entries, units)])
+    torch.testing.assert_close(both, scores * 1.5)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64]
+)
+def test_units_are_summed_in_single_precision_at_least(dtype):
+    """In half precision a long sum would stop growing."""
+    entries = torch.ones(2, 4096).to(dtype)
+
+    scores = unit_magnitudes([(entries, (2,))])
+
+    assert scores.dtype == torch.float32
+    assert scores.equal(torch.ones(2))
+
+
+def test_a_mask_of_entries_spreads_to_itself():
+    """Without units every entry has its own place."""
+    mask = torch.tensor([True, False, True, True])
+
+    assert spread_mask(mask, (), (2, 2)).equal(mask.view(2, 2))

@@ -34,6 +34,7 @@ def test_all_names_are_there_and_no_others():
         "ParameterSelector",
         "Phase",
         "QueryKeySelector",
+        "RecurrentSelector",
         "Representative",
         "Selector",
         "WormOptimizer",
@@ -43,7 +44,9 @@ def test_all_names_are_there_and_no_others():
 
 def test_every_public_thing_has_a_docstring_with_an_example():
     """Whoever asks for help gets an example that runs as a doctest."""
-    for name in ("WormOptimizer", "BatchNormSelector", "ParameterSelector", "QueryKeySelector"):
+    for name in torch_worm_optim.__all__:
+        if name in ("MaskSample", "Phase", "Selector"):
+            continue
         assert ">>>" in inspect.getdoc(getattr(torch_worm_optim, name))
 
 

@@ -15,6 +15,7 @@ from torch_worm_optim import (
     BatchNormSelector,
     ParameterSelector,
     QueryKeySelector,
+    RecurrentSelector,
     Representative,
     Selector,
     WormOptimizer,
@@ -147,12 +148,28 @@ def test_separate_projections_are_known_by_their_names(projections):
 
 
 @pytest.mark.parametrize(
-    "name", ["qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn", "in_proj", "to_qkv"]
+    "name", ["qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn", "to_qkv", "kv", "qk"]
 )
 def test_fused_projections_are_known_by_their_names(name):
     """Each common name of a fused matrix raises, and does not pass for a plain layer."""
     with pytest.raises(ValueError, match=f"'{name}' of ModuleDict"):
         QueryKeySelector()(nn.ModuleDict({name: nn.Linear(4, 12)}))
+
+
+def test_an_in_projection_is_fused_in_attention_only():
+    """State space layers have an `in_proj` as well, of something else."""
+
+    class SelfAttention(nn.ModuleDict):
+        pass
+
+    with pytest.raises(ValueError, match="'in_proj' of SelfAttention"):
+        QueryKeySelector()(SelfAttention({"in_proj": nn.Linear(4, 12)}))
+    own = SelfAttention()
+    own.in_proj_weight = nn.Parameter(torch.zeros(12, 4))
+    with pytest.raises(ValueError, match=r"'in_proj_weight' of SelfAttention.*\(12, 4\)"):
+        QueryKeySelector()(own)
+    with pytest.raises(ValueError, match="no query and key weights"):
+        QueryKeySelector()(nn.ModuleDict({"in_proj": nn.Linear(4, 12)}))
 
 
 def test_a_computed_projection_is_refused():
@@ -178,22 +195,122 @@ def test_queries_and_keys_of_known_layouts():
     ]
     assert len(names(QueryKeySelector(value=True), model)) == 6
     (fused,) = QueryKeySelector(value=True)(nn.MultiheadAttention(4, 2))
-    assert fused.part == (slice(0, 12),)
+    assert fused == Representative("in_proj_weight")
 
 
 def test_a_fused_layout_that_is_not_known_is_not_guessed():
     """The error names the module and its shape, and how to state the layout."""
     model = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
 
-    with pytest.raises(ValueError, match=r"'attn\.qkv' of ModuleDict.*\(12, 4\).*Representative"):
+    with pytest.raises(
+        ValueError,
+        match=r"'attn\.qkv' of ModuleDict.*\(12, 4\).*\{\"ModuleDict\": \{\"qkv\": \"q k v\"\}\}",
+    ):
         QueryKeySelector()(model)
-    columns = nn.Module()
-    columns.c_attn = nn.Module()
-    columns.c_attn.weight = nn.Parameter(torch.zeros(4, 12))
-    with pytest.raises(ValueError, match=r"part=\(slice\(None\), slice\(0, 2 \* width\),\)"):
-        QueryKeySelector()(columns)
     with pytest.raises(ValueError, match=r"'attn\.qkv'"):
         default_selector(model)
+
+
+def test_rows_are_units():
+    """`granularity="row"` ranks filters by their mean magnitude; the mask holds them whole."""
+    model = small_cnn()
+    selector = ParameterSelector("[03].weight", granularity="row")
+    opt = wrap(selector, model)
+    opt.sample()
+
+    rows = {
+        n: model.get_parameter(n).detach().abs().mean((1, 2, 3)) for n in ("0.weight", "3.weight")
+    }
+    scores = torch.cat(list(rows.values()))
+    removed = scores.argsort()[: len(scores) // 2]
+    for name, start in (("0.weight", 0), ("3.weight", len(rows["0.weight"]))):
+        mask = opt.candidate_mask[name]
+        assert mask.shape == model.get_parameter(name).shape
+        for row in range(len(mask)):
+            assert mask[row].any() == mask[row].all() == (start + row not in removed)
+    with pytest.raises(ValueError, match="'entry', 'row', got 'filter'"):
+        ParameterSelector("*", granularity="filter")
+    scalar = nn.Module()
+    scalar.w = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match=r"'w' is a scalar of shape \(\) and has no rows"):
+        ParameterSelector("w", granularity="row")(scalar)
+
+
+class Recurrent(nn.Module):
+    """One recurrent layer over a sequence."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+@pytest.mark.parametrize("granularity", ["entry", "unit"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}, {"proj_size": 2}]
+)
+def test_recurrent_networks_forget_without_what_is_selected(kind, options, granularity):
+    """Without hidden-to-hidden weights and biases no state depends on the input before it."""
+    if "proj_size" in options and kind is not nn.LSTM:
+        pytest.skip("only LSTMs project their states")
+    torch.manual_seed(0)
+    model = Recurrent(kind(3, 4, **options))
+    n_weights = 4 if options.get("num_layers") else 1
+
+    selected = RecurrentSelector(granularity=granularity)(model)
+
+    assert [r.name for r in selected] == [
+        name for name, _ in model.named_parameters() if "weight_hh" in name
+    ]
+    assert len(selected) == n_weights
+    if granularity == "unit":
+        assert all(r.n_units(model.get_parameter(r.name)) == 4 for r in selected)
+    cell = model.layer
+    if kind is nn.RNN and not options:  # the only state is the output
+        x = torch.randn(5, 1, 3)
+        with torch.no_grad():
+            for representative in selected:
+                for part in representative.reached:
+                    part.entries(model.get_parameter(part.name)).zero_()
+            late, alone = cell(x)[0][-1], cell(x[-1:])[0][-1]
+        assert torch.allclose(late, alone)
+
+
+def test_the_gates_of_a_hidden_unit_go_together():
+    """A unit's score is the mean over its rows in all gates; its biases go with them."""
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 4)
+    opt = WormOptimizer(
+        torch.optim.SGD(model.parameters(), 0.0),
+        model,
+        RecurrentSelector(granularity="unit"),
+        window=2,
+        sample_every=None,
+        stopping_point=1,
+        prune_ratio=0.25,
+    )
+    lowest = int(model.weight_hh_l0.detach().abs().view(4, 4, 4).mean((0, 2)).argmin())
+    opt.sample()
+    opt.sample()
+    opt.prune()
+
+    kept = torch.arange(4) != lowest
+    assert opt.final_mask["weight_hh_l0"].view(4, 4, 4).equal(kept[None, :, None].expand(4, 4, 4))
+    assert (model.weight_hh_l0.view(4, 4, 4)[:, lowest] == 0).all()
+    assert (model.bias_hh_l0.view(4, 4)[:, lowest] == 0).all()
+    assert (model.bias_hh_l0.view(4, 4)[:, kept] != 0).all()
+    assert (model.bias_ih_l0 != 0).all()
+
+
+def test_recurrent_cells_count_and_other_networks_do_not():
+    """Cells have hidden-to-hidden weights, shared ones count once; nothing at all is an error."""
+    cell = nn.GRUCell(3, 4)
+
+    assert names(RecurrentSelector(), nn.ModuleList([cell, cell])) == ["0.weight_hh"]
+    with pytest.raises(ValueError, match="no recurrent layer in Sequential"):
+        RecurrentSelector()(small_cnn())
+    with pytest.raises(ValueError, match="'entry', 'unit', got 'gate'"):
+        RecurrentSelector(granularity="gate")
 
 
 def wrap(selector, model=None, parameters=None):
@@ -259,6 +376,43 @@ def wrap(selector, model=None, parameters=None):
             r"'1\.weight' is selected twice\. Name",
         ),
         (QueryKeySelector(), ValueError, "no query and key weights in Sequential"),
+        (
+            lambda model: [Representative("0.weight", units=(3,))],
+            ValueError,
+            r"have shape \(8, 1, 3, 3\): `units` says .* they must divide",
+        ),
+        (
+            lambda model: [Representative("1.weight", units=(1, 1))],
+            ValueError,
+            r"have shape \(8,\): `units` says",
+        ),
+        (
+            lambda model: [
+                Representative(
+                    "0.weight", units=(8,), partners=(Representative("3.weight", units=(4,)),)
+                )
+            ],
+            ValueError,
+            r"has 4 units, but '0\.weight', which it goes with, has 8\. State",
+        ),
+        (
+            lambda model: [Representative("0.weight", (Representative("1.weight"),), units=(8,))],
+            ValueError,
+            "it must have `units` where that has",
+        ),
+        (
+            lambda model: [Representative("1.weight", partners=(Representative("1.bias"),))],
+            ValueError,
+            "has partners, which make up units with it: state them",
+        ),
+        (
+            lambda model: [
+                Representative("0.weight", part=(slice(0, 4),)),
+                Representative("0.weight", part=(slice(3, 8),)),
+            ],
+            ValueError,
+            r"'0\.weight' is selected twice\. Name each entry once",
+        ),
     ],
 )
 def test_selections_that_cannot_work_are_refused(selector, error, message):

@@ -6,6 +6,7 @@ from torch_worm_optim.search import Phase as Phase
 from torch_worm_optim.selectors import BatchNormSelector as BatchNormSelector
 from torch_worm_optim.selectors import ParameterSelector as ParameterSelector
 from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
+from torch_worm_optim.selectors import RecurrentSelector as RecurrentSelector
 from torch_worm_optim.selectors import Representative as Representative
 from torch_worm_optim.selectors import Selector as Selector
 
@@ -17,6 +18,7 @@ __all__ = [
     "ParameterSelector",
     "Phase",
     "QueryKeySelector",
+    "RecurrentSelector",
     "Representative",
     "Selector",
     "WormOptimizer",

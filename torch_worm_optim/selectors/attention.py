@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch_worm_optim.selectors.layouts import (
     BY_CLASS,
     BY_NAMES,
     FUSED_NAME,
+    FUSED_WEIGHT,
     HEAD_COUNTS,
     HEAD_WIDTHS,
     OUTPUT_DIM,
@@ -252,8 +254,9 @@ def attention_blocks(path: str, module: nn.Module, layouts: Mapping[str, Layouts
     known = _layouts_of(module, layouts)
     unknown = _unknown_fused(module) if known is None else ""
     if unknown:
+        shape = tuple(attrgetter(unknown)(module).shape)
+        unknown = unknown.removesuffix(".weight")
         name = f"{path}.{unknown}" if path else unknown
-        shape = tuple(module.get_parameter(f"{unknown}.weight").shape)
         kind = type(module).__name__
         raise ValueError(
             f"QueryKeySelector does not know where the queries and keys lie in {name!r} of {kind}, "
@@ -305,15 +308,14 @@ def _has_weight(module: nn.Module | None) -> bool:
 
 
 def _unknown_fused(module: nn.Module) -> str:
-    """The name of a child of ``module`` that holds several projections in one, or nothing."""
-    return next(
-        (
-            name
-            for name, child in module._modules.items()
-            if FUSED_NAME.fullmatch(name) and _has_weight(child)
-        ),
-        "",
-    )
+    """The path of a weight in ``module`` that holds several projections in one, or nothing."""
+    is_attention = "attention" in type(module).__name__.lower()
+    for name, child in module._modules.items():
+        if _has_weight(child) and (
+            FUSED_NAME.fullmatch(name) or (is_attention and name == "in_proj")
+        ):
+            return f"{name}.weight"
+    return next((name for name in module._parameters if FUSED_WEIGHT.fullmatch(name)), "")
 
 
 def _parameters_at(module: nn.Module, pattern: str) -> Iterator[tuple[str, Tensor, int, int]]:

@@ -29,7 +29,7 @@ class BatchNormSelector(JoinableSelector):
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> BatchNormSelector()(model)
-        [Representative(name='1.weight', followers=('1.bias',), view=(), part=())]
+        [Representative('1.weight', followers=('1.bias',))]
 
     References:
         [1] Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV

@@ -245,6 +245,7 @@ WITHOUT_MAP = re.compile(r"DeltaNet|DeltaAttention|LightningAttention|Mamba|Rwkv
 FUSED_NAME = re.compile(
     r"(to_|in_proj_|added_|W)?(qkvs?|qk|kv)(_proj|_linear|_lin)?|query_key(_value)?|key_value|c_attn"
 )
+FUSED_WEIGHT = re.compile(r"(in_proj|qkv)_weight")
 
 # Where the output features lie: how many dimensions stand before them and after them. For all other
 # weights the first dimension is theirs.

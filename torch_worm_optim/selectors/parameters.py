@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from torch_worm_optim.arguments import check_choice
 from torch_worm_optim.selectors.base import JoinableSelector, Representative, canonical_name
 
 
@@ -21,10 +22,14 @@ class ParameterSelector(JoinableSelector):
             expression that must match the whole name, or a predicate ``(name, parameter) -> bool``.
             The ``module.`` that a wrapper puts before names may be left out of a pattern, and a
             predicate never sees it.
+        granularity (str, optional): ``"entry"`` ranks every entry on its own; ``"row"`` ranks the
+            rows along the first dimension, such as the filters of a convolution or the neurons of
+            a Linear, by their mean magnitude, and keeps or removes them whole (default:
+            ``"entry"``).
 
     Raises:
         TypeError: When ``which`` is none of the three.
-        ValueError: When nothing matches.
+        ValueError: When nothing matches, or a scalar has no rows.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -34,9 +39,12 @@ class ParameterSelector(JoinableSelector):
         ['2.weight', '2.bias']
         >>> [r.name for r in ParameterSelector(lambda name, parameter: parameter.ndim == 1)(model)]
         ['0.bias', '2.bias']
+        >>> ParameterSelector("0.weight", granularity="row")(model)
+        [Representative('0.weight', units=(4,))]
     """
 
     which: str | re.Pattern[str] | Callable[[str, Tensor], bool]
+    granularity: str = "entry"
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
@@ -45,11 +53,12 @@ class ParameterSelector(JoinableSelector):
                 "ParameterSelector takes a glob string, a compiled regular expression or a "
                 f"predicate (name, parameter) -> bool, got {self.which!r}."
             )
+        check_choice("granularity", self.granularity, ("entry", "row"))
 
     def __call__(self, model: nn.Module) -> list[Representative]:
         """The parameters of ``model`` that match."""
         found = [
-            Representative(name)
+            Representative(name, units=self._units(name, parameter))
             for name, parameter in model.named_parameters()
             if self._matches(name, parameter)
         ]
@@ -61,6 +70,16 @@ class ParameterSelector(JoinableSelector):
                 "matches any characters, dots included."
             )
         return found
+
+    def _units(self, name: str, parameter: Tensor) -> tuple[int, ...]:
+        if self.granularity == "entry":
+            return ()
+        if parameter.ndim == 0:
+            raise ValueError(
+                f"{name!r} is a scalar of shape () and has no rows. Leave it out of the pattern, "
+                'or pass granularity="entry".'
+            )
+        return (parameter.shape[0],)
 
     def _matches(self, name: str, parameter: Tensor) -> bool:
         bare = canonical_name(name)
