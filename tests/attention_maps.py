@@ -27,9 +27,9 @@ Maps = dict[str, list[Tensor]]
 _NO_MAP = re.compile(r"router|gate|indexer|compressor")
 # What makes scores of relative positions and of sinks: no keys, and yet scores.
 _POSITIONS = re.compile(
-    r"(r|r_kernel|seg_embed|r_proj|sink_proj|dt_proj|(pos_(key_|query_|q_)?|relative_k_)proj|relative_pos\w*)(\.|$)"
+    r"(r|r_kernel|seg_embed|r_proj|sink_proj|dt_proj|rel_pos_[hw]|pos_embed|(pos_(key_|query_|q_)?|relative_k_)proj|relative_pos\w*)(\.|$)"
 )
-_TOLERANCE = 1e-5
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _MOST_OF_A_KIND = 4
 
 
@@ -220,7 +220,7 @@ def judge(
             maps = attention_maps(model, run)
         for key in seen[path]:
             if not all(
-                torch.allclose(a, b, atol=_TOLERANCE)
+                torch.allclose(a, b, rtol=0, atol=_TOLERANCE[a.dtype])
                 # A layer that is used again sees what its own values made.
                 for a, b in [(original[key][0], maps[key][0])]
             ):
@@ -255,7 +255,7 @@ def _look(
         for before, after, other in zip(original[path], maps[path], others[path], strict=True):
             if not _is_uniform(after, before):
                 uniform = False
-                if not torch.allclose(after, other, atol=_TOLERANCE):
+                if not torch.allclose(after, other, rtol=0, atol=_TOLERANCE[after.dtype]):
                     return path, False
     return "", uniform
 
@@ -267,8 +267,9 @@ def _name(parameters: dict[str, Tensor], block: Block) -> str:
 def _is_uniform(attention: Tensor, original: Tensor) -> bool:
     """Whether every query gives all positions that it sees one weight; masked ones have 0."""
     seen = original > 0
-    if not (attention[~seen] < _TOLERANCE).all():
+    tolerance = _TOLERANCE[attention.dtype]
+    if not (attention[~seen] < tolerance).all():
         return False
     high = attention.masked_fill(~seen, -1).amax(-1)
     low = attention.masked_fill(~seen, 2).amin(-1)
-    return bool(((high - low < _TOLERANCE) | ~seen.any(-1)).all())
+    return bool(((high - low < tolerance) | ~seen.any(-1)).all())

@@ -7,15 +7,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from reference import exact_count, reference_distance, reference_mask, reference_ties
 from strategies import layers, mask_sequences, masks, prune_ratios, scopes
 from torch import Tensor
 
+from torch_worm_optim import threshold
 from torch_worm_optim.masks import (
     compute_mask,
-    magnitude_scores,
     mask_distance,
     new_window,
     newest_mask,
@@ -30,8 +30,7 @@ min_keeps = st.integers(0, 3)
 
 def draw_mask(weights: dict[str, Tensor], ratio: float, **options: object) -> list[bool]:
     """The mask of these weights, as a list."""
-    sizes = [tensor.numel() for tensor in weights.values()]
-    return compute_mask(magnitude_scores(weights), sizes, ratio, **options).kept.tolist()
+    return compute_mask(weights, ratio, **options).kept.tolist()
 
 
 def as_lists(weights: dict[str, Tensor]) -> list[list[float]]:
@@ -48,9 +47,7 @@ def as_lists(weights: dict[str, Tensor]) -> list[list[float]]:
 @example({"a": torch.zeros(2), "b": torch.zeros(1)}, 0.9, "layer", 1)
 def test_mask_equals_the_slow_twin(weights, ratio, scope, min_keep):
     """The fast mask is the one that sorting by (score, position) gives, bit for bit."""
-    sizes = [tensor.numel() for tensor in weights.values()]
-
-    mask = compute_mask(magnitude_scores(weights), sizes, ratio, scope=scope, min_keep=min_keep)
+    mask = compute_mask(weights, ratio, scope=scope, min_keep=min_keep)
 
     assert reference_mask(as_lists(weights), ratio, scope, min_keep) == mask.kept.tolist()
     assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
@@ -147,7 +144,7 @@ def test_bad_weights_are_named(weights, data):
     weights[name].view(-1)[position] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
 
     with pytest.raises(ValueError, match=f"{name}.*NaN or infinite"):
-        magnitude_scores(weights)
+        compute_mask(weights, data.draw(prune_ratios), scope=data.draw(scopes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
@@ -161,22 +158,77 @@ def test_dtypes_beyond_the_usual_can_be_ranked(dtype):
 def test_nothing_to_rank_raises():
     """No entries, no mask."""
     with pytest.raises(ValueError, match="no entries to rank"):
-        magnitude_scores({"empty": torch.empty(0)})
-
-
-def test_sizes_must_add_up():
-    """Sizes that do not cover the scores are refused."""
-    with pytest.raises(ValueError, match="add up to 3 entries, but there are 4"):
-        compute_mask(torch.ones(4), [1, 2], 0.5)
+        compute_mask({"empty": torch.empty(0)}, 0.5)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
 def test_ratios_and_scopes_must_be_in_range(ratio):
     """What is not a share below 1, or not a known scope, is refused."""
     with pytest.raises(ValueError, match=r"`prune_ratio` must be in \[0, 1\)"):
-        compute_mask(torch.ones(4), [4], ratio)
+        compute_mask({"w": torch.ones(4)}, ratio)
     with pytest.raises(ValueError, match=r"`scope` must be .* got 'Layer'"):
-        compute_mask(torch.ones(4), [4], 0.5, scope="Layer")
+        compute_mask({"w": torch.ones(4)}, 0.5, scope="Layer")
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch):
+    """Chunks and samples so small that a few entries go every way that millions go."""
+    monkeypatch.setattr(threshold, "_HOST_CHUNK", 8)
+    monkeypatch.setattr(threshold, "_SAMPLE", 6)
+    monkeypatch.setattr(threshold, "_DEVIATIONS", 0.7)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers(), layers(), prune_ratios, scopes, min_keeps, st.booleans())
+@example({"a": torch.ones(40)}, {}, 0.5, "global", 1, True)
+@example({"a": torch.arange(40.0)}, {"b": torch.zeros(30)}, 0.6, "global", 1, True)
+def test_masks_in_chunks_equal_the_slow_twin(first, second, ratio, scope, min_keep, strided):
+    """Bracket, ends with many equals, and bisection: every way gives the one mask."""
+    weights = {**first, **{f"{name}'": tensor for name, tensor in second.items()}}
+    if strided:
+        weights = {name: torch.stack([w, w], -1)[..., 0] for name, w in weights.items()}
+
+    mask = compute_mask(weights, ratio, scope=scope, min_keep=min_keep)
+
+    assert reference_mask(as_lists(weights), ratio, scope, min_keep) == mask.kept.tolist()
+    assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
+
+
+@pytest.mark.parametrize("sample", ["lowest", "highest", "all"])
+def test_a_sample_that_misleads_costs_time_only(monkeypatch, sample):
+    """The threshold is found wherever the bracket lies."""
+    scores = threshold.Scores([torch.randn(300_000, dtype=torch.float64)])
+    ordered = scores.entries[0].abs().sort().values
+    wrong = {"lowest": ordered[:100], "highest": ordered[-100:], "all": ordered}[sample]
+    monkeypatch.setattr(threshold.Scores, "sample", lambda self: wrong)
+
+    for count in (1, 150_000, 300_000):
+        assert threshold.find_threshold(scores, count) == ordered[count - 1]
+
+
+@pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])
+def test_large_masks_of_awkward_scores_equal_a_sort(kind):
+    """Ties by the hundred thousand, numbers near nothing, coarse types, and strided views."""
+    torch.manual_seed(0)
+    scores = torch.randn(400_000)
+    if kind == "half equal":
+        scores[torch.rand(400_000) < 0.5] = 0.7
+    elif kind == "all equal":
+        scores.fill_(0.3)
+    elif kind == "denormal":
+        scores *= 1e-40
+    elif kind in ("bf16", "fp16"):
+        scores = scores.to(torch.bfloat16 if kind == "bf16" else torch.float16)
+    else:
+        scores = scores.view(1000, 400)[:, 100:300].mT
+
+    for ratio in (0.01, 0.5, 0.9):
+        kept = compute_mask({"w": scores}, ratio, min_keep=0).kept
+        order = torch.sort(scores.abs().flatten(), stable=True).indices
+        expected = torch.ones(scores.numel(), dtype=torch.bool)
+        expected[order[: round(ratio * scores.numel())]] = False
+        assert torch.equal(expected, kept)
 
 
 @pytest.mark.parametrize("n", [100_000, 1_000_003])
@@ -184,7 +236,7 @@ def test_large_masks_equal_a_sort(n):
     """At sizes of real networks the mask is still the one that a stable sort gives."""
     scores = torch.randn(n).abs().round(decimals=3)
 
-    kept = compute_mask(scores, [n], 0.5).kept
+    kept = compute_mask({"w": scores}, 0.5).kept
 
     order = torch.sort(scores, stable=True).indices
     expected = torch.ones(n, dtype=torch.bool)
@@ -235,10 +287,7 @@ def test_masks_are_the_same_on_every_device(dtype, scope):
     weights = {name: torch.randn(4000).to(dtype) for name in "abc"}
     on_gpu = {name: tensor.cuda() for name, tensor in weights.items()}
 
-    kept = [
-        compute_mask(magnitude_scores(w), [4000] * 3, 0.5, scope=scope).kept
-        for w in (weights, on_gpu)
-    ]
+    kept = [compute_mask(w, 0.5, scope=scope).kept for w in (weights, on_gpu)]
 
     assert torch.equal(kept[0], kept[1].cpu())
     windows = [new_window(12000, 5, device=mask.device) for mask in kept]

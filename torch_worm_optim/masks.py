@@ -1,8 +1,7 @@
 """Scores to masks, masks to distances: pure functions on tensors.
 
-All entries that are ranked stand in one flat vector, representative after representative, so that
-one selection, one comparison and one histogram serve the whole network. In every mask **True =
-kept**.
+All entries that are ranked make one flat mask, representative after representative, so that one
+selection and one comparison serve the whole network. In every mask **True = kept**.
 """
 
 from __future__ import annotations
@@ -13,54 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_worm_optim.threshold import NotFiniteError, Scores, check_finite, find_threshold
+
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
-
-
-def magnitude_scores(entries: Mapping[str, Tensor]) -> Tensor:
-    r"""Score of every entry, flattened: its magnitude.
-
-    .. math:: s_i = |w_i|
-
-    This is the ranking of magnitude pruning, and of BatchNorm scales in network slimming [1].
-
-    Args:
-        entries: Representative entries by parameter name, of any shapes, floating or complex dtypes
-            and devices. The order of the mapping is the order in which ties are broken later.
-
-    Returns:
-        Tensor of shape ``(n,)`` on the first tensor's device, in the widest dtype among them
-        (float32 for 8-bit floats; the real type for complex ones).
-
-    Raises:
-        ValueError: If there is no entry at all, or one is NaN or infinite; the message names the
-            parameter.
-
-    Example:
-        >>> magnitude_scores({"bn.weight": torch.tensor([-2.0, 1.0]), "fc": torch.ones(1, 2)})
-        tensor([2., 1., 1., 1.])
-
-    References:
-        [1] Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV
-        2017, https://arxiv.org/abs/1708.06519.
-    """
-    tensors = [tensor.detach() for tensor in entries.values()]
-    if sum(tensor.numel() for tensor in tensors) == 0:
-        raise ValueError("There are no entries to rank: every representative is empty.")
-    device = tensors[0].device
-    # 8-bit floats know neither abs() nor type promotion.
-    flat = [(t.float() if t.dtype.itemsize == 1 else t).to(device).flatten() for t in tensors]
-    scores = torch.cat(flat)
-    scores = scores.abs() if scores.is_complex() else scores.abs_()
-    # max() hands NaN on, so that one number tells of both faults.
-    if not torch.isfinite(scores.max()):
-        name = next(n for n, t in entries.items() if not torch.isfinite(t.detach().abs()).all())
-        raise ValueError(
-            f"Cannot rank {name!r}: it has NaN or infinite entries, so a mask drawn from it would "
-            "mean nothing. Training has diverged: lower the learning rate, clip gradients, or go "
-            "back to an earlier checkpoint."
-        )
-    return scores
 
 
 def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
@@ -148,25 +103,24 @@ class Mask(NamedTuple):
 
 
 def compute_mask(
-    scores: Tensor,
-    sizes: Sequence[int],
+    entries: Mapping[str, Tensor],
     prune_ratio: float,
     *,
     scope: str = "global",
     min_keep: int = 1,
 ) -> Mask:
-    r"""Mask that removes exactly the lowest ``round(prune_ratio * n)`` scores.
+    r"""Mask that removes exactly the ``round(prune_ratio * n)`` entries of lowest magnitude.
 
-    .. math:: m_i = [\,\mathrm{rank}(s_i) \ge \mathrm{round}(p\,n)\,]
+    .. math:: m_i = [\,\mathrm{rank}(|w_i|) \ge \mathrm{round}(p\,n)\,]
 
-    where entries are ranked by score and, among equal scores, by position: the earlier goes first.
-    The mask is therefore a function of the scores alone, on every device. The first ``min_keep`` of
+    where entries are ranked by magnitude, the ranking of magnitude pruning and, for BatchNorm
+    scales, of network slimming [2]; and, among equals, by position: the earlier goes first. The
+    mask is therefore a function of the weights alone, on every device. The first ``min_keep`` of
     each representative, counted from the top, are set aside before anything is removed.
 
     Args:
-        scores: Finite non-negative scores of all representatives, one after the other, shape
-            ``(n,)``.
-        sizes: Number of entries of each representative; they add up to ``n``.
+        entries: The entries to rank, or scores of units, by the name of their parameter; tensors of
+            any shapes, floating or complex dtypes and devices, ``n`` entries in all.
         prune_ratio: Share of entries to remove, in [0, 1).
         scope: ``"global"`` ranks all entries together, as EB Train does [1]; ``"layer"`` ranks each
             representative alone and removes ``round(prune_ratio * size)`` of each.
@@ -174,71 +128,94 @@ def compute_mask(
             fewer than are to be removed, all that are left are removed.
 
     Returns:
-        The :class:`Mask`, **True = kept**, on the device of ``scores``.
+        The :class:`Mask`, **True = kept**, on the first tensor's device.
 
     Raises:
-        ValueError: If ``prune_ratio`` or ``scope`` is none of these, or ``sizes`` do not add up to
-            the number of scores.
+        ValueError: If ``prune_ratio`` or ``scope`` is none of these, if there is no entry at all,
+            or if one is NaN or infinite; the message names the parameter.
 
     Example:
-        >>> compute_mask(torch.tensor([0.3, 0.1, 0.2, 0.4]), [2, 2], 0.5).kept
+        >>> weights = {"bn.weight": torch.tensor([-0.3, 0.1]), "fc": torch.tensor([[0.2, 0.4]])}
+        >>> compute_mask(weights, 0.5).kept
         tensor([ True, False, False,  True])
-        >>> compute_mask(torch.tensor([0.1, 0.2, 0.3, 0.4]), [2, 2], 0.5, min_keep=0).kept
-        tensor([False, False,  True,  True])
+        >>> compute_mask(weights, 0.75, min_keep=0).kept
+        tensor([False, False, False,  True])
 
     References:
         [1] You et al., "Drawing Early-Bird Tickets", ICLR 2020, https://arxiv.org/abs/1909.11957.
+
+        [2] Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV
+        2017, https://arxiv.org/abs/1708.06519.
     """
     if not 0 <= prune_ratio < 1:
         raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
-    if sum(sizes) != scores.numel():
-        raise ValueError(
-            f"`sizes` add up to {sum(sizes)} entries, but there are {scores.numel()} scores."
-        )
-    if scope == "layer":
+    tensors = [tensor.detach() for tensor in entries.values()]
+    sizes = [tensor.numel() for tensor in tensors]
+    if sum(sizes) == 0:
+        raise ValueError("There are no entries to rank: every representative is empty.")
+    try:
+        if scope == "global":
+            return _global_mask(tensors, sizes, prune_ratio, min_keep)
         layers = [
-            _remove_lowest(layer, min(round(prune_ratio * size), size - min(min_keep, size)))
-            for layer, size in zip(torch.split(scores, list(sizes)), sizes, strict=True)
+            _remove_lowest(
+                Scores([tensor]), min(round(prune_ratio * size), size - min(min_keep, size))
+            )
+            for tensor, size in zip(tensors, sizes, strict=True)
         ]
-        kept = torch.cat([layer.kept for layer in layers])
-        return Mask(kept, sum(layer.n_tied for layer in layers))
+    except NotFiniteError as error:
+        name = next(n for n, t in entries.items() if not torch.isfinite(t.detach().abs()).all())
+        raise ValueError(
+            f"Cannot rank {name!r}: it has NaN or infinite entries, so a mask drawn from it would "
+            "mean nothing. Training has diverged: lower the learning rate, clip gradients, or go "
+            "back to an earlier checkpoint."
+        ) from error
+    kept = torch.cat([layer.kept.to(tensors[0].device) for layer in layers])
+    return Mask(kept, sum(layer.n_tied for layer in layers))
 
-    n_remove = round(prune_ratio * scores.numel())
-    mask = _remove_lowest(scores, n_remove)
+
+def _global_mask(
+    tensors: list[Tensor], sizes: list[int], prune_ratio: float, min_keep: int
+) -> Mask:
+    n_remove = round(prune_ratio * sum(sizes))
+    mask = _remove_lowest(Scores(tensors), n_remove)
     # The lowest of all are the lowest of each representative, so as long as enough of each are
     # left, the entries to be set aside are among them and the mask is what it would be with them
     # set aside.
-    # On the host whatever the default device is: the counts are read there.
-    quotas = torch.tensor([min(min_keep, size) for size in sizes], device="cpu")
-    n_kept = torch.stack([part.count_nonzero() for part in torch.split(mask.kept, list(sizes))])
-    if bool((n_kept.cpu() >= quotas).all()):
+    parts = torch.split(mask.kept, sizes)
+    quotas = [min(min_keep, size) for size in sizes]
+    n_kept = torch.stack([part.count_nonzero() for part in parts]).tolist()
+    if all(n >= quota for n, quota in zip(n_kept, quotas, strict=True)):
         return mask
-    set_aside = torch.cat(
-        [
-            _remove_lowest(part, size - min(min_keep, size)).kept
-            for part, size in zip(torch.split(scores, list(sizes)), sizes, strict=True)
-        ]
-    )
-    n_left = scores.numel() - int(quotas.sum())
-    return _remove_lowest(scores, min(n_remove, n_left), set_aside)
+    highest = [
+        _remove_lowest(Scores([tensor]), size - quota).kept.to(tensors[0].device)
+        for tensor, size, quota in zip(tensors, sizes, quotas, strict=True)
+    ]
+    aside = torch.cat(highest).nonzero().flatten()
+    return _remove_lowest(Scores(tensors, aside), min(n_remove, sum(sizes) - len(aside)))
 
 
-def _remove_lowest(scores: Tensor, count: int, set_aside: Tensor | None = None) -> Mask:
+def _remove_lowest(scores: Scores, count: int) -> Mask:
     """Mask without the ``count`` lowest scores not set aside, the earlier first among equals."""
+    kept = torch.ones(scores.n, dtype=torch.bool, device=scores.device)
     if count == 0:
-        return Mask(torch.ones_like(scores, dtype=torch.bool), 0)
-    ranked = scores if set_aside is None else scores.masked_fill(set_aside, torch.inf)
-    threshold = ranked.kthvalue(count).values
-    kept = ranked > threshold
-    n_spared = scores.numel() - count - int(kept.count_nonzero())
-    if n_spared == 0 and set_aside is None:
+        check_finite(scores)
         return Mask(kept, 0)
-    at_threshold = (ranked == threshold).nonzero().flatten()
-    n_lost = at_threshold.numel() - n_spared
-    kept[at_threshold[n_lost:]] = True
-    n_tied = int((scores == threshold).count_nonzero())
+    threshold = find_threshold(scores, count)
+    for start, chunk in scores:
+        torch.gt(chunk, threshold, out=kept[start : start + len(chunk)])
+    n_spared = scores.n - count - int(kept.count_nonzero())
+    if n_spared == 0 and scores.aside is None:
+        return Mask(kept, 0)
+    n_equal = scores.count_equal(threshold)
+    n_tied = n_equal if scores.aside is None else Scores(scores.entries).count_equal(threshold)
+    n_lost = n_equal - n_spared
+    seen = 0
+    for start, chunk in scores:
+        equal = (chunk == threshold).nonzero().flatten()
+        kept[start + equal[max(0, n_lost - seen) :]] = True
+        seen += len(equal)
     return Mask(kept, n_tied if n_tied > n_lost else 0)
 
 

@@ -22,7 +22,6 @@ from torch_worm_optim.checkpoint import (
 )
 from torch_worm_optim.masks import (
     compute_mask,
-    magnitude_scores,
     new_window,
     newest_mask,
     spread_mask,
@@ -319,14 +318,13 @@ class WormOptimizer(OptimizerWrapper):
         phase = self.phase
         if phase.converged:
             return self._history[-1]
-        scores = magnitude_scores(self._ranked())
         mask, n_tied = compute_mask(
-            scores, self._sizes(), self._prune_ratio, scope=self._scope, min_keep=self._min_keep
+            self._ranked(), self._prune_ratio, scope=self._scope, min_keep=self._min_keep
         )
-        if n_tied > _MANY_TIES * scores.numel():
+        if n_tied > _MANY_TIES * mask.numel():
             self._warn_once(
                 "ties",
-                f"{n_tied} of {scores.numel()} entries tie for the mask: they have the very same "
+                f"{n_tied} of {mask.numel()} entries tie for the mask: they have the very same "
                 "magnitude and only their order decides which go. Freshly initialised BatchNorm "
                 "scales are all 1 and do this. Let training move them before the first mask (a "
                 "larger `sample_every`), or check that the selected parameters are trained at all.",

@@ -177,7 +177,8 @@ BY_CLASS: dict[str, Layouts] = {
     "timm.convit.MHSA": _QKV,
     "timm.cpubone.ConvAttention": {"pwise": _BY_HEAD},
     "timm.csatv2.SpatialTransformerBlock": _QKV,
-    "timm.davit.ChannelAttention": _QKV,
+    # Its map is made of what the code calls keys and values, and attends to its queries.
+    "timm.davit.ChannelAttention": {"qkv": "v q k"},
     "timm.davit.ChannelAttentionV2": _QKV,
     "timm.davit.WindowAttention": _QKV,
     "timm.diff_attention.DiffAttention": _QKV,

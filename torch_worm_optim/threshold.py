@@ -1,0 +1,220 @@
+"""The score of the last entry that a mask removes, exactly, without a sorted or even a flat copy.
+
+Scores are read chunk by chunk, so that all work on one stays in the processor's cache and what is
+needed beside the weights does not grow with them. A strided sample of the scores brackets the
+threshold; one pass counts what lies below the bracket and collects what lies inside; the threshold
+is among those. Where the sample misled, or half of all scores are equal, bisection over the bit
+patterns of floating point numbers finds it in as many passes as they have bits. Either way the
+result is exact: it does not depend on the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# Entries in a chunk: on the host what a core's cache holds; on a device few, large kernels.
+_HOST_CHUNK = 1 << 17
+_DEVICE_CHUNK = 1 << 26
+# Scores in the sample, and how many standard deviations of its ranks the bracket spans.
+_SAMPLE = 1 << 15
+_DEVIATIONS = 4.0
+
+
+class NotFiniteError(ValueError):
+    """A score is NaN or infinite, so that there is no ranking."""
+
+
+class Scores:
+    """Magnitudes of the entries of several tensors, one after the other, read chunk by chunk.
+
+    Args:
+        entries: Tensors of any shapes, strides, floating or complex dtypes and devices.
+        aside: Positions that count as infinite, sorted, on the first tensor's device.
+
+    Example:
+        >>> scores = Scores([torch.tensor([-2.0, 1.0]), torch.ones(1, 2)])
+        >>> [(start, chunk) for start, chunk in scores]
+        [(0, tensor([2., 1., 1., 1.]))]
+    """
+
+    def __init__(self, entries: Sequence[Tensor], aside: Tensor | None = None) -> None:
+        self.entries = [tensor.detach() for tensor in entries]
+        self.aside = aside
+        self.device = self.entries[0].device
+        self.n = sum(tensor.numel() for tensor in self.entries)
+        real = [_real(tensor.dtype) for tensor in self.entries]
+        # Scores of half precision compare as they are in single precision, at full speed.
+        self.dtype = torch.float64 if torch.float64 in real else torch.float32
+        self._size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """The position of each chunk and its scores, in a buffer that the next one overwrites."""
+        buffer = torch.empty(min(self._size, self.n), dtype=self.dtype, device=self.device)
+        start = filled = 0
+        for piece in self._pieces():
+            if filled + piece.numel() > len(buffer):
+                yield start, self._finish(start, buffer[:filled])
+                start, filled = start + filled, 0
+            place = buffer[filled : filled + piece.numel()]
+            if piece.is_complex():
+                place.copy_(piece.abs().flatten())
+            elif (
+                piece.dtype == self.dtype and piece.is_contiguous() and piece.device == self.device
+            ):
+                torch.abs(piece.view(-1), out=place)
+            else:
+                place.view(piece.shape).copy_(piece)
+                place.abs_()
+            filled += piece.numel()
+        if filled:
+            yield start, self._finish(start, buffer[:filled])
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """The tensors, cut along their leading dimensions where they are larger than a chunk."""
+        for tensor in self.entries:
+            if tensor.is_contiguous():
+                yield from torch.split(tensor.view(-1), self._size) if tensor.numel() else ()
+                continue
+            stack = [tensor]
+            while stack:
+                part = stack.pop()
+                if part.numel() > self._size:
+                    rows = max(1, self._size // max(1, part[0].numel()))
+                    parts = torch.split(part, rows) if len(part) > 1 else (part[0],)
+                    stack.extend(reversed(parts))
+                elif part.numel():
+                    yield part
+
+    def _finish(self, start: int, scores: Tensor) -> Tensor:
+        if self.aside is not None:
+            ends = torch.tensor([start, start + len(scores)], device=self.aside.device)
+            first, last = torch.searchsorted(self.aside, ends).tolist()
+            scores[self.aside[first:last] - start] = math.inf
+        return scores
+
+    def sample(self) -> Tensor:
+        """Some ``_SAMPLE`` of the scores, at equal distances, sorted."""
+        stride = max(1, self.n // _SAMPLE) | 1  # odd, so that it wanders over rows and columns
+        sampled = []
+        ends = [0, *accumulate(tensor.numel() for tensor in self.entries)]
+        for tensor, begin in zip(self.entries, ends, strict=False):
+            offset = min(-begin % stride, tensor.numel())
+            if tensor.is_contiguous():
+                picked = tensor.view(-1)[offset::stride]
+            else:
+                positions = torch.arange(offset, tensor.numel(), stride, device=tensor.device)
+                picked = tensor[torch.unravel_index(positions, tensor.shape)]
+            wide = picked if picked.is_complex() else picked.to(self.dtype)
+            sampled.append(wide.abs().to(self.device, self.dtype))
+        return torch.cat(sampled).sort().values
+
+    def count_equal(self, value: float) -> int:
+        """How many scores are ``value``."""
+        return sum(int((scores == value).count_nonzero()) for _, scores in self)
+
+    def count_at_most(self, value: float) -> int:
+        """How many scores are no larger than ``value``."""
+        return sum(int((scores <= value).count_nonzero()) for _, scores in self)
+
+
+def find_threshold(scores: Scores, count: int) -> float:
+    """The ``count``-th lowest score.
+
+    Args:
+        scores: Finite scores, except those set aside.
+        count: From 1 to the number of finite scores.
+
+    Returns:
+        The score, exactly, as a Python float.
+
+    Raises:
+        NotFiniteError: If a score is NaN or infinite.
+
+    Example:
+        >>> find_threshold(Scores([torch.tensor([0.3, -0.1, 0.2])]), 2) == torch.tensor(0.2)
+        tensor(True)
+    """
+    if scores.n <= _HOST_CHUNK:
+        [(_, all_scores)] = scores
+        _check_finite([all_scores.amax()], scores)
+        return float(all_scores.kthvalue(count).values)
+    low, high = _bracket(scores.sample(), count / scores.n)
+    n_low, inside, highest = 0, [], []
+    for _, chunk in scores:
+        highest.append(chunk.amax())
+        at_most_low = chunk <= low
+        n_low += int(at_most_low.count_nonzero())
+        if low < high:
+            inside.append(_compressed(chunk, (chunk < high).logical_xor_(at_most_low)))
+    _check_finite(highest, scores)
+    n_inside = sum(map(len, inside))
+    if n_low < count <= n_low + n_inside:
+        return float(torch.cat(inside).kthvalue(count - n_low).values)
+    # It is one of the ends where many scores are equal, or else the sample misled.
+    for end in (low, high):
+        before = math.nextafter(end, -math.inf)
+        if end not in (-1.0, math.inf) and (
+            scores.count_at_most(before) < count <= scores.count_at_most(end)
+        ):
+            return end
+    return _bisect(scores, count)
+
+
+def check_finite(scores: Scores) -> None:
+    """Raise :class:`NotFiniteError` if a score is NaN or infinite.
+
+    Args:
+        scores: Any scores.
+    """
+    _check_finite([chunk.amax() for _, chunk in scores], scores)
+
+
+def _check_finite(highest: list[Tensor], scores: Scores) -> None:
+    # max() hands NaN on, so that one number tells of both faults. What is set aside is infinite,
+    # and was looked at before.
+    if scores.aside is None and highest and not torch.stack(highest).amax().isfinite():
+        raise NotFiniteError
+
+
+def _bracket(sample: Tensor, share: float) -> tuple[float, float]:
+    """Two scores of a sorted sample that most likely hold the threshold between them."""
+    n = len(sample)
+    spread = _DEVIATIONS * math.sqrt(n * share * (1 - share)) + 2
+    low, high = math.floor(share * n - spread), math.ceil(share * n + spread)
+    return (
+        sample[low].item() if low >= 0 else -1.0,
+        sample[high].item() if high < n else math.inf,
+    )
+
+
+def _compressed(values: Tensor, chosen: Tensor) -> Tensor:
+    """``values[chosen]``, where few are: whole groups of eight without any are passed over."""
+    n_grouped = len(values) // 8 * 8
+    groups = chosen[:n_grouped].view(torch.int64).nonzero().flatten()
+    some = values[:n_grouped].view(-1, 8)[groups].flatten()
+    among = chosen[:n_grouped].view(-1, 8)[groups].flatten()
+    return torch.cat([some[among], values[n_grouped:][chosen[n_grouped:]]])
+
+
+def _bisect(scores: Scores, count: int) -> float:
+    """The smallest number that ``count`` scores do not exceed, bit by bit."""
+    whole = torch.int32 if scores.dtype == torch.float32 else torch.int64
+    # The bit patterns of non-negative floating point numbers are in the order of the numbers.
+    low, high = 0, int(torch.tensor(math.inf, dtype=scores.dtype).view(whole))
+    while low < high:
+        middle = (low + high) // 2
+        value = torch.tensor(middle, dtype=whole, device="cpu").view(scores.dtype).item()
+        if scores.count_at_most(value) >= count:
+            high = middle
+        else:
+            low = middle + 1
+    return torch.tensor(low, dtype=whole, device="cpu").view(scores.dtype).item()
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
