@@ -266,10 +266,10 @@ def _name(parameters: dict[str, Tensor], block: Block) -> str:
 
 def _is_uniform(attention: Tensor, original: Tensor) -> bool:
     """Whether every query gives all positions that it sees one weight; masked ones have 0."""
-    seen = original > 0
-    tolerance = _TOLERANCE[attention.dtype]
-    if not (attention[~seen] < tolerance).all():
+    seen = attention > 0
+    # What was seen before and is not now would be another mask, not a flat map.
+    if not (original[~seen] == 0).all():
         return False
-    high = attention.masked_fill(~seen, -1).amax(-1)
+    high = attention.amax(-1)
     low = attention.masked_fill(~seen, 2).amin(-1)
-    return bool(((high - low < tolerance) | ~seen.any(-1)).all())
+    return bool((high - low < _TOLERANCE[attention.dtype]).all())

@@ -305,7 +305,8 @@ def small_transformer(model_type: str, auto: Any) -> nn.Module:
     special = SPECIAL.get(model_type, {})
     config = shrink(CONFIG_MAPPING[model_type](**special))
     for name, value in special.items():
-        _set(config, name, value)
+        if not isinstance(value, dict):
+            _set(config, name, value)
     torch.manual_seed(0)
     return auto.from_config(config, attn_implementation="eager").float().eval()
 

@@ -13,6 +13,7 @@ from reference import exact_count, reference_distance, reference_mask, reference
 from strategies import layers, mask_sequences, masks, prune_ratios, scopes
 from torch import Tensor
 
+from torch_worm_optim import masks as masks_module
 from torch_worm_optim import threshold
 from torch_worm_optim.masks import (
     compute_mask,
@@ -174,7 +175,9 @@ def test_ratios_and_scopes_must_be_in_range(ratio):
 def _small_chunks(monkeypatch):
     """Chunks and samples so small that a few entries go every way that millions go."""
     monkeypatch.setattr(threshold, "_HOST_CHUNK", 8)
+    monkeypatch.setattr(threshold, "_FEW", 4)
     monkeypatch.setattr(threshold, "_SAMPLE", 6)
+    monkeypatch.setattr(masks_module, "_PART", 3)
     monkeypatch.setattr(threshold, "_DEVIATIONS", 0.7)
 
 

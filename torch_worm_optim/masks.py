@@ -16,6 +16,8 @@ from torch_worm_optim.threshold import NotFiniteError, Scores, check_finite, fin
 
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
+# Entries that are compared at once, so that no copy of the window is made.
+_PART = 1 << 20
 
 
 def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
@@ -204,7 +206,8 @@ def _remove_lowest(scores: Scores, count: int) -> Mask:
         return Mask(kept, 0)
     threshold = find_threshold(scores, count)
     for start, chunk in scores:
-        torch.gt(chunk, threshold, out=kept[start : start + len(chunk)])
+        # Written as numbers first: that is faster than comparing into bools.
+        kept[start : start + len(chunk)].copy_(torch.gt(chunk, threshold, out=chunk))
     n_spared = scores.n - count - int(kept.count_nonzero())
     if n_spared == 0 and scores.aside is None:
         return Mask(kept, 0)
@@ -334,8 +337,11 @@ def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
         (0.5, 1.0)
     """
     n_entries = window.shape[1]
-    flip = (window[0] & 1).neg()  # 0 or, by wrapping around, 255
-    histograms = torch.stack([(row ^ flip).bincount(minlength=1 << _BITS) for row in window])
+    histograms = torch.zeros(len(window), 1 << _BITS, dtype=torch.int64, device=window.device)
+    for part in torch.split(window, _PART, dim=1):
+        flip = (part[0] & 1).neg_()  # 0 or, by wrapping around, 255
+        for histogram, row in zip(histograms, part, strict=True):
+            histogram += (row ^ flip).bincount(minlength=1 << _BITS)
     patterns = torch.arange(1 << _BITS, device="cpu")
     counts = [
         int(histogram[(patterns >> bit) & 1 == 1].sum())

@@ -11,17 +11,20 @@ result is exact: it does not depend on the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-# Entries in a chunk: on the host what a core's cache holds; on a device few, large kernels.
+# Entries in a chunk: on the host what a core's cache holds; on a device few, large kernels. A sum
+# of that many ones is exact in single precision.
 _HOST_CHUNK = 1 << 17
-_DEVICE_CHUNK = 1 << 26
-# Scores in the sample, and how many standard deviations of its ranks the bracket spans.
-_SAMPLE = 1 << 15
+_DEVICE_CHUNK = 1 << 24
+# So many scores are ranked at once.
+_FEW = 1 << 15
+# Scores in the sample, and how many standard deviations of its ranks lie on either side of it.
+_SAMPLE = 1 << 16
 _DEVIATIONS = 4.0
 
 
@@ -31,6 +34,8 @@ class NotFiniteError(ValueError):
 
 class Scores:
     """Magnitudes of the entries of several tensors, one after the other, read chunk by chunk.
+
+    A chunk is the reader's to write into; the next one overwrites it.
 
     Args:
         entries: Tensors of any shapes, strides, floating or complex dtypes and devices.
@@ -50,11 +55,11 @@ class Scores:
         real = [_real(tensor.dtype) for tensor in self.entries]
         # Scores of half precision compare as they are in single precision, at full speed.
         self.dtype = torch.float64 if torch.float64 in real else torch.float32
-        self._size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+        self.size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """The position of each chunk and its scores, in a buffer that the next one overwrites."""
-        buffer = torch.empty(min(self._size, self.n), dtype=self.dtype, device=self.device)
+        """The position of each chunk, and its scores."""
+        buffer = torch.empty(min(self.size, self.n), dtype=self.dtype, device=self.device)
         start = filled = 0
         for piece in self._pieces():
             if filled + piece.numel() > len(buffer):
@@ -78,13 +83,13 @@ class Scores:
         """The tensors, cut along their leading dimensions where they are larger than a chunk."""
         for tensor in self.entries:
             if tensor.is_contiguous():
-                yield from torch.split(tensor.view(-1), self._size) if tensor.numel() else ()
+                yield from torch.split(tensor.view(-1), self.size) if tensor.numel() else ()
                 continue
             stack = [tensor]
             while stack:
                 part = stack.pop()
-                if part.numel() > self._size:
-                    rows = max(1, self._size // max(1, part[0].numel()))
+                if part.numel() > self.size:
+                    rows = max(1, self.size // max(1, part[0].numel()))
                     parts = torch.split(part, rows) if len(part) > 1 else (part[0],)
                     stack.extend(reversed(parts))
                 elif part.numel():
@@ -98,7 +103,7 @@ class Scores:
         return scores
 
     def sample(self) -> Tensor:
-        """Some ``_SAMPLE`` of the scores, at equal distances, sorted."""
+        """Some ``_SAMPLE`` of the scores, at equal distances."""
         stride = max(1, self.n // _SAMPLE) | 1  # odd, so that it wanders over rows and columns
         sampled = []
         ends = [0, *accumulate(tensor.numel() for tensor in self.entries)]
@@ -111,15 +116,23 @@ class Scores:
                 picked = tensor[torch.unravel_index(positions, tensor.shape)]
             wide = picked if picked.is_complex() else picked.to(self.dtype)
             sampled.append(wide.abs().to(self.device, self.dtype))
-        return torch.cat(sampled).sort().values
+        return torch.cat(sampled)
 
     def count_equal(self, value: float) -> int:
         """How many scores are ``value``."""
-        return sum(int((scores == value).count_nonzero()) for _, scores in self)
+        return self._count(torch.eq, value)
 
     def count_at_most(self, value: float) -> int:
         """How many scores are no larger than ``value``."""
-        return sum(int((scores <= value).count_nonzero()) for _, scores in self)
+        return self._count(torch.le, value)
+
+    def _count(self, compare: Callable[..., Tensor], value: float) -> int:
+        return _total([compare(chunk, value, out=chunk).sum() for _, chunk in self])
+
+
+def _total(counts: list[Tensor]) -> int:
+    """The sum of counts that are exact one by one; the device is waited for once."""
+    return int(torch.stack(counts).sum(dtype=torch.float64)) if counts else 0
 
 
 def find_threshold(scores: Scores, count: int) -> float:
@@ -139,22 +152,26 @@ def find_threshold(scores: Scores, count: int) -> float:
         >>> find_threshold(Scores([torch.tensor([0.3, -0.1, 0.2])]), 2) == torch.tensor(0.2)
         tensor(True)
     """
-    if scores.n <= _HOST_CHUNK:
+    if scores.n <= _FEW:
         [(_, all_scores)] = scores
         _check_finite([all_scores.amax()], scores)
         return float(all_scores.kthvalue(count).values)
     low, high = _bracket(scores.sample(), count / scores.n)
-    n_low, inside, highest = 0, [], []
+    highest, n_low, inside = [], [], []
+    # Comparisons that write numbers run at the speed of arithmetic; those that write bools do not.
+    room = torch.empty(2, min(scores.n, scores.size), dtype=scores.dtype, device=scores.device)
     for _, chunk in scores:
+        at_most_low, between = room[0, : len(chunk)], room[1, : len(chunk)]
+        torch.le(chunk, low, out=at_most_low)
+        torch.lt(chunk, high, out=between).sub_(at_most_low)
         highest.append(chunk.amax())
-        at_most_low = chunk <= low
-        n_low += int(at_most_low.count_nonzero())
+        n_low.append(at_most_low.sum())
         if low < high:
-            inside.append(_compressed(chunk, (chunk < high).logical_xor_(at_most_low)))
+            inside.append(_compressed(chunk, between.bool()))
     _check_finite(highest, scores)
-    n_inside = sum(map(len, inside))
-    if n_low < count <= n_low + n_inside:
-        return float(torch.cat(inside).kthvalue(count - n_low).values)
+    n_below, candidates = _total(n_low), torch.cat(inside) if inside else chunk[:0]
+    if n_below < count <= n_below + len(candidates) < n_below + scores.n:
+        return find_threshold(Scores([candidates]), count - n_below)
     # It is one of the ends where many scores are equal, or else the sample misled.
     for end in (low, high):
         before = math.nextafter(end, -math.inf)
@@ -182,23 +199,22 @@ def _check_finite(highest: list[Tensor], scores: Scores) -> None:
 
 
 def _bracket(sample: Tensor, share: float) -> tuple[float, float]:
-    """Two scores of a sorted sample that most likely hold the threshold between them."""
+    """Two scores of a sample that most likely hold the threshold between them."""
     n = len(sample)
     spread = _DEVIATIONS * math.sqrt(n * share * (1 - share)) + 2
     low, high = math.floor(share * n - spread), math.ceil(share * n + spread)
     return (
-        sample[low].item() if low >= 0 else -1.0,
-        sample[high].item() if high < n else math.inf,
+        float(sample.kthvalue(low + 1).values) if low >= 0 else -1.0,
+        float(sample.kthvalue(high + 1).values) if high < n else math.inf,
     )
 
 
 def _compressed(values: Tensor, chosen: Tensor) -> Tensor:
-    """``values[chosen]``, where few are: whole groups of eight without any are passed over."""
-    n_grouped = len(values) // 8 * 8
-    groups = chosen[:n_grouped].view(torch.int64).nonzero().flatten()
-    some = values[:n_grouped].view(-1, 8)[groups].flatten()
-    among = chosen[:n_grouped].view(-1, 8)[groups].flatten()
-    return torch.cat([some[among], values[n_grouped:][chosen[n_grouped:]]])
+    """``values[chosen]``, made for few among many: groups of eight without any are passed over."""
+    n = len(values) // 8 * 8
+    groups = chosen[:n].view(torch.int64).nonzero().flatten()
+    some, among = values[:n].view(-1, 8)[groups], chosen[:n].view(-1, 8)[groups]
+    return torch.cat([some[among], values[n:][chosen[n:]]])
 
 
 def _bisect(scores: Scores, count: int) -> float:
