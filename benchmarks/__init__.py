@@ -1,0 +1,1 @@
+"""What searching costs, beside a named rival and the floor."""

@@ -1,0 +1,270 @@
+"""Time a sample and a step against their rivals, in one run.
+
+    python -m benchmarks                    # some minutes on two cores
+    python -m benchmarks --threads 1 --out results.json
+
+Every row is a ratio of medians taken in turns in this process, so that what else the machine does
+hits both sides. Prints a table and writes JSON. Memory is the peak of the process while one sample
+is drawn, over what it held before; it needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torch_worm_optim import ParameterSelector, WormOptimizer
+from torch_worm_optim.masks import compute_mask, new_window, push_mask_, window_distances
+
+WINDOW = 5
+# Query and key weights of BERT: layers, width. BatchNorm scales: channels of each layer.
+BERT = {"BERT-base": (12, 768), "BERT-large": (24, 1024)}
+VGG16 = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+RESNET50 = [64] + [
+    width
+    for planes, n_blocks in ((64, 3), (128, 4), (256, 6), (512, 3))
+    for block in range(n_blocks)
+    for width in ([planes, planes, 4 * planes] + ([4 * planes] if block == 0 else []))
+]
+
+
+def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turns."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+class Ours:
+    """A sample: one exact mask, put into a full window, and all distances."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+        self.window = new_window(sum(w.numel() for w in weights.values()), WINDOW)
+
+    def __call__(self) -> tuple[float, ...]:
+        """Draw, put in, compare."""
+        push_mask_(self.window, compute_mask(self.weights, 0.5).kept)
+        return window_distances(self.window, WINDOW)
+
+
+def global_unstructured(weights: dict[str, Tensor]) -> Callable[[], object]:
+    """PyTorch's own pruning, as people use it to draw a mask."""
+
+    def work() -> None:
+        modules = []
+        for weight in weights.values():
+            module = nn.Module()
+            module.weight = nn.Parameter(weight)
+            modules.append((module, "weight"))
+        prune.global_unstructured(modules, prune.L1Unstructured, amount=0.5)
+
+    return work
+
+
+def kthvalue(weights: dict[str, Tensor]) -> Callable[[], object]:
+    """One flat copy, its median, and a comparison: the mask only."""
+
+    def work() -> Tensor:
+        scores = torch.cat([weight.flatten() for weight in weights.values()]).abs_()
+        return scores > scores.kthvalue(scores.numel() // 2).values
+
+    return work
+
+
+def sorting(weights: dict[str, Tensor]) -> Callable[[], object]:
+    """The original Early-Bird search: sort all scores, compare, and four distances."""
+    held: list[Tensor] = []
+
+    def work() -> list[float]:
+        scores = torch.cat([weight.flatten() for weight in weights.values()]).abs_()
+        threshold = scores.sort().values[scores.numel() // 2]
+        held.append(scores.gt(threshold).float())
+        del held[:-WINDOW]
+        return [float((held[-1] != older).float().mean()) for older in held[:-1]]
+
+    return work
+
+
+def peak_of(work: Callable[[], object]) -> float:
+    """MiB that the process grew by at most while it worked."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    return max(0.0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def samples(repeats: int) -> list[dict[str, object]]:
+    """One mask and all distances."""
+    rows = []
+    torch.manual_seed(0)
+    for name, (n_layers, width) in BERT.items():
+        weights = {str(i): torch.randn(width, width) * 0.02 for i in range(2 * n_layers)}
+        ours = Ours(weights)
+        works = {
+            "ours": ours,
+            "prune.global_unstructured": global_unstructured(weights),
+            "cat + kthvalue": kthvalue(weights),
+            "reading once": lambda weights=weights: [w.sum() for w in weights.values()],
+        }
+        seconds = medians(works, repeats)
+        for rival, goal in (("prune.global_unstructured", 60), ("cat + kthvalue", 10)):
+            rows.append(_row(f"sample, {name}", seconds["ours"], rival, seconds[rival], goal))
+        rows.append(
+            _row(f"sample, {name}", seconds["ours"], "reading once", seconds["reading once"], None)
+        )
+        n = sum(w.numel() for w in weights.values())
+        rows.append(
+            {
+                "work": f"peak memory of a sample, {name}",
+                "bytes per entry": peak_of(ours) * 2**20 / n,
+                "goal": 1.5,
+            }
+        )
+    for name, widths in (("VGG-16", VGG16), ("ResNet-50", RESNET50)):
+        weights = {str(i): torch.rand(width) for i, width in enumerate(widths)}
+        seconds = medians({"ours": Ours(weights), "sort": sorting(weights)}, 10 * repeats)
+        rows.append(
+            _row(f"sample, BatchNorm of {name}", seconds["ours"], "sort", seconds["sort"], 2)
+        )
+    for n in (1, 4, 16, 64):
+        weights = {"w": torch.randn(n << 20)}
+        seconds = medians({"ours": Ours(weights)}, max(3, repeats // 2))
+        rows.append(
+            {"work": f"sample, {n} Mi entries", "ns per entry": seconds["ours"] * 1e9 / (n << 20)}
+        )
+    return rows
+
+
+def _row(work: str, ours: float, rival: str, other: float, goal: float | None) -> dict[str, object]:
+    return {
+        "work": work,
+        "ours, ms": ours * 1e3,
+        "rival": rival,
+        "rival, ms": other * 1e3,
+        "ratio": other / ours,
+        "goal": goal,
+    }
+
+
+def steps(repeats: int) -> list[dict[str, object]]:
+    """`step()` while searching and while truncating, over the base optimizer's own."""
+    rows = []
+    torch.manual_seed(0)
+    channels = [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5  # ResNet-18's convolutions, roughly
+    layers: list[nn.Module] = []
+    for before, after in zip([64, *channels], channels, strict=False):
+        layers += [nn.Conv2d(before, after, 3, bias=False), nn.BatchNorm2d(after)]
+    encoder = nn.ModuleList(nn.Linear(768, 768, bias=False) for _ in range(24))
+    for name, model, selector in (
+        ("ResNet-18's BatchNorm", nn.Sequential(*layers), None),
+        ("BERT-base's queries and keys", encoder, ParameterSelector("*")),
+    ):
+        works = {}
+        for kind, options in (
+            ("base", None),
+            ("searching", {"trigger": "distance"}),
+            ("truncating", {"trigger": "always"}),
+        ):
+            sgd = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+            works[kind] = sgd.step
+            if options is not None:
+                opt = WormOptimizer(
+                    sgd, model, selector, sample_every=None, stopping_point=0, **options
+                )
+                opt.sample()
+                works[kind] = opt.step
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        seconds = medians(works, 5 * repeats)
+        for kind, goal in (("searching", 1.01), ("truncating", None)):
+            rows.append(
+                {
+                    "work": f"step() while {kind}, {name}",
+                    "ours, ms": seconds[kind] * 1e3,
+                    "rival": "base step",
+                    "rival, ms": seconds["base"] * 1e3,
+                    "times the rival": seconds[kind] / seconds["base"],
+                    "goal": goal,
+                }
+            )
+        if model is encoder:
+            n = sum(p.numel() for p in model.parameters())
+            # A gradient read and written, and a byte of the mask.
+            floor = copying(n, 5 * repeats) * 9 / 8
+            scaling = seconds["truncating"] - seconds["base"]
+            rows.append(
+                {
+                    "work": f"scaling alone, {name}",
+                    "ours, ms": scaling * 1e3,
+                    "rival": "floor, 9 bytes an entry",
+                    "rival, ms": floor * 1e3,
+                    "times the rival": scaling / floor,
+                    "goal": 1.3,
+                }
+            )
+    return rows
+
+
+def copying(n: int, repeats: int) -> float:
+    """Seconds to read n floats and write n others."""
+    source, target = torch.zeros(n), torch.zeros(n)
+    return medians({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as text."""
+    lines = []
+    for row in rows:
+        cells = [
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+            if key != "work" and value is not None
+        ]
+        lines.append(f"{row['work']:50}" + ", ".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all and report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = samples(args.repeats) + steps(args.repeats)
+    print(table(rows))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": args.threads,
+    }
+    args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
