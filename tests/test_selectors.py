@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -244,36 +245,52 @@ class Recurrent(nn.Module):
         self.layer = layer
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("granularity", ["entry", "unit"])
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}, {"proj_size": 2}]
+    ("kind", "options"),
+    [
+        *itertools.product(
+            [nn.RNN, nn.LSTM, nn.GRU],
+            [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}],
+        ),
+        (nn.LSTM, {"proj_size": 2}),
+    ],
 )
 def test_recurrent_networks_forget_without_what_is_selected(kind, options, granularity):
-    """Without hidden-to-hidden weights and biases no state depends on the input before it."""
-    if "proj_size" in options and kind is not nn.LSTM:
-        pytest.skip("only LSTMs project their states")
+    """Without them a unit sees of the last hidden state nothing, or only itself (as GRUs do)."""
     torch.manual_seed(0)
     model = Recurrent(kind(3, 4, **options))
-    n_weights = 4 if options.get("num_layers") else 1
+    layer = model.layer
 
     selected = RecurrentSelector(granularity=granularity)(model)
 
     assert [r.name for r in selected] == [
         name for name, _ in model.named_parameters() if "weight_hh" in name
     ]
-    assert len(selected) == n_weights
     if granularity == "unit":
         assert all(r.n_units(model.get_parameter(r.name)) == 4 for r in selected)
-    cell = model.layer
-    if kind is nn.RNN and not options:  # the only state is the output
-        x = torch.randn(5, 1, 3)
-        with torch.no_grad():
-            for representative in selected:
-                for part in representative.reached:
-                    part.entries(model.get_parameter(part.name)).zero_()
-            late, alone = cell(x)[0][-1], cell(x[-1:])[0][-1]
-        assert torch.allclose(late, alone)
+    x = torch.randn(1, 1, 3)
+    n_states = layer.num_layers * (2 if layer.bidirectional else 1)
+    width = layer.proj_size or layer.hidden_size
+
+    def last_hidden(h):
+        h = h.view(n_states, 1, width)
+        states = (h, torch.ones(n_states, 1, 4)) if kind is nn.LSTM else h
+        end = layer(x, states)[1]
+        return (end[0] if kind is nn.LSTM else end).flatten()
+
+    # How much the first layer's next state changes with its last one.
+    first = slice(0, width)
+    at = torch.randn(n_states * width)
+    seen = torch.autograd.functional.jacobian(last_hidden, at)[first, first]
+    assert (seen - seen.diag().diag()).abs().max() > 1e-3
+    with torch.no_grad():
+        for part in (part for each in selected for part in each.reached):
+            part.entries(model.get_parameter(part.name)).zero_()
+    unseen = torch.autograd.functional.jacobian(last_hidden, at)[first, first]
+    assert (unseen - unseen.diag().diag() == 0).all()
+    assert kind is nn.GRU or (unseen == 0).all()
 
 
 def test_the_gates_of_a_hidden_unit_go_together():

@@ -239,7 +239,7 @@ BY_CLASS: dict[str, Layouts] = {
 }
 
 # Layers that have queries and keys by name, and no attention map: linear attention in its forms.
-WITHOUT_MAP = re.compile(r"DeltaNet|DeltaAttention|LightningAttention|Mamba|Rwkv")
+WITHOUT_MAP = re.compile(r"DeltaNet|DeltaAttention|LightningAttention|LSTM|Mamba|Rwkv")
 
 # How a projection that holds several others is called. In a class that the table does not have, its
 # layout differs from author to author (blocks, heads interleaved, groups), so it is never guessed.
