@@ -1,0 +1,311 @@
+"""Train with every optimizer of torch and timm, plain and wrapped, and say what came of it.
+
+    python tests/every_optimizer.py > docs/optimizers.md   # the page that lists them
+    python tests/every_optimizer.py timm.lion torch.LBFGS  # some of them, in words
+
+Names are not written down here: what torch.optim and ``timm.optim.list_optimizers()`` hold is what
+is tried, so that a new optimizer is tried the day it is released.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from training import loss_of, same, weights_of
+
+from torch_worm_optim import ParameterSelector, Phase, Selector, WormOptimizer
+
+# With the third mask the window is full, and any two masks are closer than the stopping point: the
+# phases are the same for every optimizer, whatever it does to the weights.
+SEARCH: dict[str, Any] = {
+    "sample_every": 2,
+    "window": 3,
+    "stopping_point": 1.0,
+    "trigger": "always",
+    "truncation": 0.0,
+}
+PHASES = [Phase.SEARCHING] * 2 + [Phase.TRUNCATING] * 4 + [Phase.CONVERGED, Phase.PRUNED]
+STOPS = (1, 3, 6, 7)  # one in each phase
+
+# The learning rate of all; small enough for the greediest of them, large enough to see it move.
+RATE = 0.01
+
+
+class UnavailableError(Exception):
+    """An optimizer that cannot be built here, with the reason in words."""
+
+
+class Verdict(NamedTuple):
+    """What a wrapped optimizer did.
+
+    Attributes:
+        plain: With a truncation of 1, weights and state are those of the plain optimizer, bit for
+            bit, in both ways to truncate.
+        gradient: With ``truncate="gradient"`` and a truncation of 0 all phases are passed; while
+            truncating, gradients of removed entries are 0; when pruned, removed entries stay 0.
+        update: With ``truncate="update"`` and a truncation of 0 all phases are passed; while
+            truncating, removed entries keep their bits; when pruned, removed entries stay 0.
+        closure: Steps with a closure do bit for bit what steps without one do.
+        resumes: Stopped in each phase and resumed from a file, a run keeps its bits.
+    """
+
+    plain: bool
+    gradient: bool
+    update: bool
+    closure: bool
+    resumes: bool
+
+
+# ---- which there are, and how to build them
+
+
+def torch_names() -> list[str]:
+    """All optimizer classes that torch.optim exports, and their ways to run that can be chosen."""
+    kinds = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if inspect.isclass(kind)
+        and issubclass(kind, torch.optim.Optimizer)
+        and kind is not torch.optim.Optimizer
+    }
+    names = []
+    for name, kind in sorted(kinds.items()):
+        names.append(f"torch.{name}")
+        options = inspect.signature(kind).parameters
+        names += [f"torch.{name} {option}" for option in ("foreach", "fused") if option in options]
+    return names
+
+
+def timm_names() -> list[str]:
+    """All optimizers that timm knows by name; none without timm."""
+    try:
+        from timm.optim import list_optimizers
+    except ImportError:
+        return []
+    return [f"timm.{name}" for name in list_optimizers()]
+
+
+class _Bins(nn.Module):
+    """Pixels to whole numbers below 20, for an embedding to look up."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One row of numbers for each image."""
+        return (images.flatten(1) * 4 + 10).long().clamp(0, 19)
+
+
+def model_for(name: str) -> nn.Module:
+    """A network that the optimizer of that name can train, the same on every call."""
+    torch.manual_seed(0)
+    if name.startswith("torch.Muon"):  # takes matrices only
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)
+        )
+    if name.startswith("torch.SparseAdam"):  # takes sparse gradients only
+        return nn.Sequential(_Bins(), nn.EmbeddingBag(20, 3, sparse=True))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 3),
+    )
+    # Optimizers that step by the sign would leave equal scales equal, and the mask to ties.
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    return model
+
+
+def selector_for(name: str) -> Selector | None:
+    """What to rank in that network."""
+    if name.startswith(("torch.Muon", "torch.SparseAdam")):
+        return ParameterSelector("*.weight")
+    return None
+
+
+def optimizer_for(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of that name over all parameters of a network.
+
+    Raises:
+        UnavailableError: If it lives in a package that is not installed, or needs a CUDA device.
+    """
+    package, _, kind = name.partition(".")
+    kind, _, option = kind.partition(" ")
+    if package == "torch":
+        options: dict[str, Any] = {option: True} if option else {}
+        if kind == "LBFGS":
+            options["max_iter"] = 3
+        return getattr(torch.optim, kind)(model.parameters(), lr=RATE, **options)
+    from timm.optim import create_optimizer_v2, get_optimizer_info
+
+    if kind.startswith(("bnb", "fused")) and not torch.cuda.is_available():
+        # timm says so with an assertion, which could be about anything.
+        raise UnavailableError(f"needs a CUDA device: {get_optimizer_info(kind).description}")
+    return create_optimizer_v2(model, kind, lr=RATE, weight_decay=0.01, momentum=0.9)
+
+
+# ---- one step, and a whole run
+
+
+def take_step(
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    closures: bool = False,
+) -> None:
+    """One step of training; a function of the step, random numbers included."""
+    torch.default_generator.manual_seed(step)  # torch.manual_seed() is slow without a CUDA device
+    # AdaHessian differentiates the gradients once more.
+    create_graph = name == "timm.adahessian"
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward(create_graph=create_graph)
+        return loss
+
+    if closures or name == "torch.LBFGS":
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
+
+
+def start(name: str, **options: Any) -> tuple[nn.Module, WormOptimizer]:
+    """A network and its wrapped optimizer."""
+    model = model_for(name)
+    optimizer = optimizer_for(name, model)
+    return model, WormOptimizer(optimizer, model, selector_for(name), **{**SEARCH, **options})
+
+
+def run(
+    name: str, *, truncate: str, closures: bool = False, stops: tuple[int, ...] = ()
+) -> tuple[list[Tensor], bool]:
+    """Train through all phases; the weights then, and whether each step did what its phase says.
+
+    At each of the `stops` everything is saved to a file, and started anew from it.
+    """
+    model, opt = start(name, truncate=truncate)
+    fine = True
+    for step, phase in enumerate(PHASES):
+        if phase is Phase.PRUNED:
+            opt.prune()
+        if step in stops:
+            saved = through_a_file([model.state_dict(), opt.state_dict()])
+            model, opt = start(name, truncate=truncate)
+            model.load_state_dict(saved[0])
+            opt.load_state_dict(saved[1])
+        mask = opt.candidate_mask or {}
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        fine = fine and opt.phase is phase
+        take_step(name, model, opt, step, closures)
+        if phase is Phase.TRUNCATING:
+            fine = fine and is_truncated(model, mask, before, truncate)
+        if phase is Phase.PRUNED:
+            fine = fine and is_pruned(model, mask)
+    return weights_of(model), fine
+
+
+def is_truncated(
+    model: nn.Module, mask: dict[str, Tensor], before: dict[str, Tensor], truncate: str
+) -> bool:
+    """Whether gradients, or moves, are 0 where the mask removes, and not all 0 where it keeps."""
+    moved = {
+        key: parameter.grad.to_dense() != 0
+        if truncate == "gradient" and parameter.grad is not None
+        else parameter.detach() != before[key]
+        for key, parameter in model.named_parameters()
+    }
+    return not any(bool(moved[key][~kept].any()) for key, kept in mask.items()) and any(
+        bool(moved[key][kept].any()) for key, kept in mask.items()
+    )
+
+
+def is_pruned(model: nn.Module, mask: dict[str, Tensor]) -> bool:
+    """Whether the entries that the mask removes are zero, and no others of those parameters."""
+    return all(torch.equal(model.get_parameter(key) != 0, kept) for key, kept in mask.items())
+
+
+def through_a_file(value: Any) -> Any:
+    """What comes back from disk, read in the safe way."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# ---- the verdict
+
+
+def equals_plain(name: str) -> bool:
+    """Whether wrapped runs that truncate by 1 are the plain run, weights and state."""
+    plain_model = model_for(name)
+    plain = optimizer_for(name, plain_model)
+    before = weights_of(plain_model)
+    steps = range(PHASES.index(Phase.PRUNED))
+    for step in steps:
+        take_step(name, plain_model, plain, step)
+    equal = not same(before, weights_of(plain_model))
+    for truncate in ("gradient", "update"):
+        model, opt = start(name, truncation=1, truncate=truncate)
+        for step in steps:
+            take_step(name, model, opt, step)
+        equal = (
+            equal
+            and opt.phase is Phase.CONVERGED
+            and same(weights_of(plain_model), weights_of(model))
+            and all(
+                same(flat(plain.state.get(p)), flat(opt.state.get(q)))
+                for p, q in zip(plain_model.parameters(), model.parameters(), strict=True)
+            )
+        )
+    return equal
+
+
+def flat(value: Any) -> list[Tensor]:
+    """All numbers and tensors in nested state, as tensors."""
+    if isinstance(value, dict):
+        return [each for key in sorted(value) for each in flat(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [each for item in value for each in flat(item)]
+    return [] if value is None else [torch.as_tensor(value)]
+
+
+def plain_resumes(name: str) -> bool:
+    """Whether the plain optimizer keeps its bits when it is stopped and resumed."""
+    results = []
+    for stops in ((), STOPS):
+        model = model_for(name)
+        optimizer = optimizer_for(name, model)
+        for step in range(len(PHASES)):
+            if step in stops:
+                saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+                model = model_for(name)
+                optimizer = optimizer_for(name, model)
+                model.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+            take_step(name, model, optimizer, step)
+        results.append(weights_of(model))
+    return same(*results)
+
+
+def judge(name: str) -> Verdict:
+    """Train with the optimizer of that name in every way.
+
+    Raises:
+        UnavailableError: If it cannot be built here.
+    """
+    by_gradient, gradient = run(name, truncate="gradient")
+    by_update, update = run(name, truncate="update")
+    resumed = [run(name, truncate=truncate, stops=STOPS) for truncate in ("gradient", "update")]
+    with_closures, _ = run(name, truncate="gradient", closures=True)
+    return Verdict(
+        plain=equals_plain(name),
+        gradient=gradient,
+        update=update,
+        closure=same(by_gradient, with_closures),
+        resumes=same(by_gradient, resumed[0][0]) and same(by_update, resumed[1][0]),
+    )
