@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from torch_worm_optim.arguments import check_choice, check_count, check_share
@@ -46,6 +47,12 @@ from torch_worm_optim.truncation import (
 from torch_worm_optim.wrapper import Closure, OptimizerWrapper
 
 logger = logging.getLogger(__name__)
+
+# torch.compile leaves alone what is marked so. A search is Python that counts, reads numbers back
+# and changes its mind: traced, it would be compiled anew at each mask and phase. The public name,
+# torch.compiler.disable, makes torch load its compiler as soon as this file is imported, for
+# seconds; this one, which torch.optim uses for itself, makes it at the first call.
+_untraced = _disable_dynamo
 
 # A parameter that the mask reaches, with what says which entries of it.
 Target = tuple[Representative, Tensor]
@@ -207,6 +214,7 @@ class WormOptimizer(OptimizerWrapper):
     # ---- what users read
 
     @property
+    @_untraced
     def phase(self) -> Phase:
         """How far the search is."""
         if self._pruned:
@@ -269,6 +277,7 @@ class WormOptimizer(OptimizerWrapper):
 
     # ---- what an optimizer does
 
+    @_untraced
     def step(self, closure: Closure | None = None) -> Any:
         """Take one step of the base optimizer, truncated if need be, and draw a mask if one is due.
 
@@ -301,6 +310,7 @@ class WormOptimizer(OptimizerWrapper):
             self.sample()
         return loss
 
+    @_untraced
     def sample(self) -> MaskSample:
         """Draw a mask from the weights as they are now, and let the search decide.
 
@@ -351,6 +361,7 @@ class WormOptimizer(OptimizerWrapper):
             )
         return sample
 
+    @_untraced
     def prune(self) -> None:
         """Apply the ticket in place, and hold it through every later step.
 
