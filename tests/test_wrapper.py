@@ -297,6 +297,38 @@ def test_step_can_be_replaced_and_is_a_bound_method():
     assert len(opt.history) == 1
 
 
+class Proxy:
+    """An instance of the optimizer's class that forwards what it lacks, as trainers make them."""
+
+    def __init__(self, optimizer):
+        self.__dict__["optimizer"] = optimizer
+        self.__class__ = type("Proxy", (Proxy, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+def test_what_is_called_on_a_proxy_happens_to_the_optimizer():
+    """Lightning hands out an object of this class with attributes of its own: state is shared."""
+    model, opt = build(sample_every=None, stopping_point=1.0, window=2, trigger="always")
+    proxy = Proxy(opt)
+    for start in (0, 3):
+        train(model, opt, range(start, start + 3))
+        proxy.sample()
+    proxy.prune()
+    train(model, opt, range(6, 8))
+
+    assert isinstance(proxy, WormOptimizer)
+    assert opt.phase is proxy.phase is Phase.PRUNED
+    assert int(model[1].weight.count_nonzero() + model[4].weight.count_nonzero()) == 10
+    saved = opt.state_dict()
+    other_model, other = build(sample_every=None, stopping_point=1.0, window=2)
+    Proxy(other).load_state_dict(saved)
+    train(other_model, other, range(1))
+    assert other.phase is Phase.PRUNED
+    assert other.history == opt.history
+
+
 def test_groups_can_be_added():
     """A new group is trained by the base; the ranked entries stay the same, and it can be saved."""
     model, opt = build()

@@ -9,7 +9,8 @@ that they find and drop a key that is not there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +20,8 @@ RECORD_KEY = "worm"
 _VERSION = 1
 
 
-class SearchRecord(NamedTuple):
+@dataclass
+class SearchRecord:
     """All of a search that decides its future.
 
     Attributes:

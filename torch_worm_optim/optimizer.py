@@ -190,16 +190,17 @@ class WormOptimizer(OptimizerWrapper):
 
         super().__init__(base_optim)
         self._model = model
-        self._steps = 0
-        self._history: list[MaskSample] = []
-        self._pruned = False
         # A meta-device model says how many entries there will be, and not yet where.
         device = self._parameter(self._representatives[0].name).device
         with torch.inference_mode(False):  # Later masks could not be written to it otherwise.
-            self._window = new_window(
+            held = new_window(
                 sum(self._sizes()), window, "cpu" if device.type == "meta" else device
             )
-        self._buffers: list[tuple[Tensor, ...]] | None = None
+        # What changes is changed in place, here and in the buffers. Trainers hand out proxies that
+        # have this class and read the attributes of this object, but whatever a method sets on a
+        # proxy stays there.
+        self._search = SearchRecord(step=0, pruned=False, history=[], window=held)
+        self._buffers: list[tuple[Tensor, ...]] = []
         self._warned: set[str] = set()
         self._hold_place()
         if self._truncation < 1 and self._truncate == "gradient" and is_normalising(base_optim):
@@ -217,9 +218,9 @@ class WormOptimizer(OptimizerWrapper):
     @_untraced
     def phase(self) -> Phase:
         """How far the search is."""
-        if self._pruned:
+        if self._search.pruned:
             return Phase.PRUNED
-        return self._history[-1].phase if self._history else Phase.SEARCHING
+        return self._search.history[-1].phase if self._search.history else Phase.SEARCHING
 
     @property
     def converged(self) -> bool:
@@ -229,7 +230,7 @@ class WormOptimizer(OptimizerWrapper):
     @property
     def history(self) -> list[MaskSample]:
         """All masks drawn so far, one :class:`MaskSample` each; a copy of the list."""
-        return list(self._history)
+        return list(self._search.history)
 
     @property
     def final_mask(self) -> dict[str, Tensor] | None:
@@ -243,7 +244,7 @@ class WormOptimizer(OptimizerWrapper):
     @property
     def candidate_mask(self) -> dict[str, Tensor] | None:
         """The newest mask in the form of :attr:`final_mask`; None before the first sample."""
-        if not self._history:
+        if not self._search.history:
             return None
         masks: dict[str, Tensor] = {}
         for representative, mask in zip(self._representatives, self._newest_masks(), strict=True):
@@ -259,11 +260,11 @@ class WormOptimizer(OptimizerWrapper):
         """The phase, the last distances and the base optimizer."""
         lines = [
             f"phase: {self.phase.value}",
-            f"step: {self._steps}",
-            f"masks drawn: {len(self._history)} (window: {self._rule.window})",
-            f"ranked entries: {self._window.shape[1]} of {len(self._representatives)} parameters",
+            f"step: {self._search.step}",
+            f"masks drawn: {len(self._search.history)} (window: {self._rule.window})",
+            f"ranked entries: {sum(self._sizes())} of {len(self._representatives)} parameters",
         ]
-        last = self._history[-1] if self._history else None
+        last = self._search.history[-1] if self._search.history else None
         if last is not None and last.max_distance is not None:
             lines += [
                 f"distances: ({', '.join(f'{distance:.4f}' for distance in last.distances)})",
@@ -305,7 +306,7 @@ class WormOptimizer(OptimizerWrapper):
             self._hold_at_zero()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return loss  # The step was recorded, not taken: replaying it runs no Python.
-        self._steps += 1
+        self._search.step += 1
         if not phase.converged and self._is_due():
             self.sample()
         return loss
@@ -327,7 +328,7 @@ class WormOptimizer(OptimizerWrapper):
         """
         phase = self.phase
         if phase.converged:
-            return self._history[-1]
+            return self._search.history[-1]
         mask, n_tied = compute_mask(
             self._ranked(), self._prune_ratio, scope=self._scope, min_keep=self._min_keep
         )
@@ -339,16 +340,20 @@ class WormOptimizer(OptimizerWrapper):
                 "scales are all 1 and do this. Let training move them before the first mask (a "
                 "larger `sample_every`), or check that the selected parameters are trained at all.",
             )
-        if self._window.device != mask.device:
+        if self._search.window.device != mask.device:
             with torch.inference_mode(False):
-                self._window = self._window.to(mask.device)
+                self._search.window = self._search.window.to(mask.device)
         sample = observe_(
-            self._window, mask, step=self._steps, history=self._history, rule=self._rule
+            self._search.window,
+            mask,
+            step=self._search.step,
+            history=self._search.history,
+            rule=self._rule,
         )
-        self._history.append(sample)
+        self._search.history.append(sample)
         if sample.phase.converged:
-            self._buffers = None
-        elif self._buffers is not None:
+            self._buffers.clear()
+        elif self._buffers:
             self._fill_buffers(self._buffers)
         if sample.phase is not phase:
             logger.info(
@@ -376,14 +381,14 @@ class WormOptimizer(OptimizerWrapper):
         if not phase.converged:
             raise RuntimeError(
                 f"There is no ticket to prune with yet: the search is {phase.value} after "
-                f"{len(self._history)} masks. Train until `opt.converged`, or let it stop sooner "
-                "with a larger `stopping_point`."
+                f"{len(self._search.history)} masks. Train until `opt.converged`, or let it stop "
+                "sooner with a larger `stopping_point`."
             )
         if phase is Phase.PRUNED:
             return
-        self._pruned = True
+        self._search.pruned = True
         self._hold_at_zero()
-        logger.info("step %d: %s -> %s", self._steps, phase.value, self.phase.value)
+        logger.info("step %d: %s -> %s", self._search.step, phase.value, self.phase.value)
 
     # ---- what checkpoints hold
 
@@ -416,20 +421,20 @@ class WormOptimizer(OptimizerWrapper):
         super().load_state_dict(state_dict)
 
     def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        search = SearchRecord(self._steps, self._pruned, self._history, self._window)
-        return with_record(state_dict, search, self._masks_identity())
+        return with_record(state_dict, self._search, self._masks_identity())
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         plain, record = without_record(state_dict)
         # A plain checkpoint of the base optimizer has no record: the search starts afresh.
-        search = SearchRecord(0, False, [], torch.zeros_like(self._window))
+        search = SearchRecord(0, False, [], torch.zeros_like(self._search.window))
         if record is not None:
-            identity, window = self._masks_identity(), self._window
+            identity, window = self._masks_identity(), self._search.window
             search = read_record(record, identity=identity, window=window, n_held=self._rule.window)
         super()._load(plain)
-        self._steps, self._pruned, self._history = search.step, search.pruned, search.history
-        self._window.copy_(search.window)
-        self._buffers = None
+        self._search.step, self._search.pruned = search.step, search.pruned
+        self._search.history[:] = search.history
+        self._search.window.copy_(search.window)
+        self._buffers.clear()
         self._hold_place()
 
     def _masks_identity(self) -> dict[str, Any]:
@@ -513,8 +518,8 @@ class WormOptimizer(OptimizerWrapper):
         if self._sample_every is None:
             return False
         if callable(self._sample_every):
-            return bool(self._sample_every(self._steps))
-        return self._steps % self._sample_every == 0
+            return bool(self._sample_every(self._search.step))
+        return self._search.step % self._sample_every == 0
 
     # ---- where things are
 
@@ -554,7 +559,7 @@ class WormOptimizer(OptimizerWrapper):
 
     def _newest_masks(self) -> list[Tensor]:
         """The newest mask, cut into that of each representative's units."""
-        return list(torch.split(newest_mask(self._window), self._sizes()))
+        return list(torch.split(newest_mask(self._search.window), self._sizes()))
 
     def _mask_buffers(self, entries: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """What a step needs of the newest mask, for the entries of each target in order.
@@ -563,13 +568,13 @@ class WormOptimizer(OptimizerWrapper):
         when pruned, what is removed. The first step that needs them makes them; later masks are
         only written into them, so that the other steps allocate nothing.
         """
-        if self._buffers is None or not all(map(_fits, self._buffers, entries)):
-            self._buffers = [self._new_buffers(each) for each in entries]
+        if not self._buffers or not all(map(_fits, self._buffers, entries)):
+            self._buffers[:] = [self._new_buffers(each) for each in entries]
             self._fill_buffers(self._buffers)
         return self._buffers
 
     def _new_buffers(self, entries: Tensor) -> tuple[Tensor, ...]:
-        if self._pruned:
+        if self._search.pruned:
             return (torch.empty_like(entries, dtype=torch.bool),)
         if self._truncate == "update":
             return torch.empty_like(entries, dtype=torch.bool), torch.empty_like(entries)
@@ -585,7 +590,7 @@ class WormOptimizer(OptimizerWrapper):
         ]
         for (buffer, *_), (units, unit_mask) in zip(buffers, reached, strict=True):
             mask = spread_mask(unit_mask, units, buffer.shape)
-            if self._pruned:
+            if self._search.pruned:
                 buffer.copy_(~mask)
             elif self._truncate == "update":
                 buffer.copy_(mask)
