@@ -1,0 +1,95 @@
+"""A callback of transformers' Trainer that logs the search, and stops or prunes at the ticket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+except ImportError as error:
+    raise ImportError(
+        "torch_worm_optim.integrations.transformers needs transformers, which cannot be imported "
+        f'({error}). Install it: pip install "torch-worm-optim[transformers]"'
+    ) from error
+
+from torch_worm_optim.integrations.reports import Reporter, check_at_ticket, unwrapped
+from torch_worm_optim.optimizer import WormOptimizer
+
+
+class WormCallback(TrainerCallback):
+    """Log phase, distances and ticket to what the Trainer reports to, and act at the ticket.
+
+    Each mask drawn is logged once with ``trainer.log()``, whatever ``logging_steps`` says, and is
+    in ``trainer.state.log_history`` too: ``worm/phase`` (0 searching, 1 truncating, 2 converged,
+    3 pruned), ``worm/max_distance`` and ``worm/mean_distance``; with the ticket
+    ``worm/ticket_step`` and, for each parameter, the share that it keeps as ``worm/kept/<name>``.
+
+    Args:
+        trainer (Trainer): The Trainer that it is added to; callbacks are not told whose they are,
+            and only ``trainer.log()`` reaches all that it reports to.
+        at_ticket (str, optional): What to do once the ticket is found: ``"continue"`` training,
+            ``"stop"`` it, or ``"prune"`` and train on (default: ``"continue"``).
+
+    Raises:
+        ValueError: If ``at_ticket`` is none of the three, or, when training starts, if the
+            Trainer's optimizer is not a ``WormOptimizer``.
+    """
+
+    def __init__(self, trainer: Trainer, at_ticket: str = "continue") -> None:
+        self.trainer = trainer
+        self.at_ticket = check_at_ticket(at_ticket)
+        self._reporter: Reporter | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Find the optimizer; checkpoints are loaded by now."""
+        found = unwrapped(kwargs.get("optimizer"))
+        if not isinstance(found, WormOptimizer):
+            raise ValueError(
+                "WormCallback needs the Trainer's optimizer to be a WormOptimizer, got "
+                f"{type(found).__name__}. Pass one: Trainer(..., optimizers=("
+                "WormOptimizer(AdamW(model.parameters()), model), None))."
+            )
+        self._reporter = Reporter(found, self.at_ticket)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Log the masks that this step drew, and act if one is the ticket."""
+        self._report(control)
+        if self._reporter is not None and self._reporter.stops:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Log what was drawn after the last step, as ``opt.sample()`` at the end of epochs is."""
+        self._report(control)
+
+    def _report(self, control: TrainerControl) -> None:
+        if self._reporter is None:
+            return
+        # Logging says that what was to be logged is, and the Trainer's own log may be due as well.
+        due = control.should_log
+        for report in self._reporter.news():
+            self.trainer.log(report)
+        control.should_log = due
