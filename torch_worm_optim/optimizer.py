@@ -292,6 +292,7 @@ class WormOptimizer(OptimizerWrapper):
         Raises:
             ValueError: If a mask is due and a representative parameter is NaN or infinite. The step
                 itself was taken; the search is as it was before it.
+            RuntimeError: If a parameter that the mask reaches was reparametrised under the search.
         """
         if closure is None and self._only_initialises_state():
             return self._step_base(None)
@@ -375,7 +376,8 @@ class WormOptimizer(OptimizerWrapper):
         ``state_dict`` keys stay as they were. A second call does nothing.
 
         Raises:
-            RuntimeError: If the ticket is not found yet.
+            RuntimeError: If the ticket is not found yet, or a parameter that it reaches was
+                reparametrised.
         """
         phase = self.phase
         if not phase.converged:
@@ -386,6 +388,7 @@ class WormOptimizer(OptimizerWrapper):
             )
         if phase is Phase.PRUNED:
             return
+        self._targets()  # An error in finding them leaves the phase as it was.
         self._search.pruned = True
         self._hold_at_zero()
         logger.info("step %d: %s -> %s", self._search.step, phase.value, self.phase.value)
@@ -529,7 +532,16 @@ class WormOptimizer(OptimizerWrapper):
         It is looked up at every use: sharding, ``module.to()``, ``swap_tensors`` and
         ``convert_sync_batchnorm`` put new parameters and modules in the places of old ones.
         """
-        return attrgetter(name)(self._model)  # type: ignore[no-any-return]
+        parameter: Tensor = attrgetter(name)(self._model)
+        if type(parameter) is Tensor:
+            raise RuntimeError(
+                f"{name!r} is no parameter any more but computed from another, as "
+                "torch.nn.utils.prune and parametrize make it, so nothing that is done to it "
+                "lasts. Reparametrise before WormOptimizer is built and select what it is computed "
+                "from, or make it a parameter again with torch.nn.utils.prune.remove() or "
+                "parametrize.remove_parametrizations()."
+            )
+        return parameter
 
     def _ranked(self) -> dict[str, Tensor]:
         """What is ranked, by what to call it in a message: entries, or the scores of units."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_worm_optim.selectors.base import JoinableSelector, Representative
 
@@ -24,7 +25,8 @@ class BatchNormSelector(JoinableSelector):
             reach both (default: True, as in the authors' published code).
 
     Raises:
-        ValueError: When the model has no affine BatchNorm.
+        ValueError: When the model has no affine BatchNorm, or the scale or shift of one is computed
+            from another parameter, as ``torch.nn.utils.prune`` and ``parametrize`` make it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -47,11 +49,12 @@ class BatchNormSelector(JoinableSelector):
         for module in model.modules():
             if not isinstance(module, _BatchNorm):
                 continue
-            scale, shift = module._parameters.get("weight"), module._parameters.get("bias")
+            scale = _parameter(module, "weight")
             if scale is None:
                 continue
+            shift = _parameter(module, "bias") if self.bias else None
             shifts = shifts_of.setdefault(names[id(scale)], [])
-            if self.bias and shift is not None and id(shift) not in followed:
+            if shift is not None and id(shift) not in followed:
                 followed.add(id(shift))
                 shifts.append(names[id(shift)])
         if not shifts_of:
@@ -65,6 +68,24 @@ class BatchNormSelector(JoinableSelector):
     def finds_any(self, model: nn.Module) -> bool:
         """Whether ``model`` has a BatchNorm with a scale."""
         return any(
-            isinstance(m, _BatchNorm) and m._parameters.get("weight") is not None
+            isinstance(m, _BatchNorm)
+            and (m._parameters.get("weight") is not None or _is_computed(m, "weight"))
             for m in model.modules()
         )
+
+
+def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
+    """The parameter of that name, or None where the layer has none."""
+    if _is_computed(module, key):
+        raise ValueError(
+            f"The `{key}` of a {type(module).__name__} is computed from another parameter, as "
+            "torch.nn.utils.prune and parametrize make it, so BatchNormSelector would pass over "
+            "it. Make it a parameter again with torch.nn.utils.prune.remove() or "
+            "parametrize.remove_parametrizations(), or name what it is computed from (see "
+            "`model.named_parameters()`) to ParameterSelector."
+        )
+    return module._parameters.get(key)
+
+
+def _is_computed(module: nn.Module, key: str) -> bool:
+    return f"{key}_orig" in module._parameters or is_parametrized(module, key)
