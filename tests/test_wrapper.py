@@ -51,34 +51,6 @@ def test_nothing_is_written_into_the_state_of_the_base():
     assert all(set(values) <= {"momentum_buffer"} for values in opt.state.values())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda opt: torch.optim.lr_scheduler.StepLR(opt, 3, gamma=0.5),
-        lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 5),
-        lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=30),
-        lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, 0.01, 0.1),
-        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, step / 5)),
-    ],
-)
-def test_schedulers_drive_the_base(make):
-    """A scheduler on the wrapper changes the rates that the base steps with, warm-ups included."""
-    model, opt = build(trigger="always", truncation=1)
-    plain_model = small_cnn()
-    plain = BASES["SGD momentum"](plain_model.parameters())
-    schedulers = make(opt), make(plain)
-    for step in range(20):
-        for each, optimizer, scheduler in zip(
-            (model, plain_model), (opt, plain), schedulers, strict=True
-        ):
-            train(each, optimizer, range(step, step + 1))
-            scheduler.step()
-
-    assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
-    assert same(weights_of(plain_model), weights_of(model))
-    assert [sample.step for sample in opt.history] == list(range(3, 21, 3))[: len(opt.history)]
-
-
 def test_each_hook_sees_one_step_per_step():
     """Hooks of wrapper, base and all optimizers fire once a step, saving and loading included."""
     model, opt = build()
@@ -182,6 +154,95 @@ def test_gradient_scaling_skips_infinite_steps(fused, truncate):
     assert [sample.step for sample in opt.history] == [sample.step for sample in plain.history]
     assert opt.history == plain.history
     torch.testing.assert_close(weights_of(model), weights_of(plain_model), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*normalises gradients")
+@pytest.mark.parametrize("when_infinite", [2, 5, 6])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("base", ["SGD", "SGD fused", "Adam", "Adam fused", "AdamW foreach"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ),
+    ],
+)
+def test_a_skipped_step_is_no_step_in_any_phase(device, base, unscale, when_infinite):
+    """With r = 1, GradScaler does to the wrapper bit for bit what it does to the plain optimizer.
+
+    Whether the scaler or the fused base sees to the infinite gradients, the step that they cost is
+    neither counted nor does it draw the mask that was due.
+    """
+    kind, _, option = base.partition(" ")
+    runs = []
+    for wrapped in (True, False):
+        model = small_cnn().to(device)
+        make = getattr(torch.optim, kind)
+        optimizer = make(model.parameters(), lr=0.02, **({option: True} if option else {}))
+        if wrapped:
+            optimizer = WormOptimizer(
+                optimizer,
+                model,
+                truncation=1,
+                sample_every=3,
+                window=3,
+                stopping_point=1.0,
+                trigger="always",
+            )
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**6, growth_interval=3)
+        scales = []
+        for step in range(11):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            if step == when_infinite:
+                model[4].weight.grad[3] = torch.inf
+            if unscale:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            before = model[0].weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            assert torch.equal(before, model[0].weight) == (step == when_infinite)
+        runs.append((weights_of(model), scales))
+        if wrapped:
+            assert [sample.step for sample in optimizer.history] == [3, 6, 9]
+            assert optimizer.sample().step == 9
+
+    assert same(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+@pytest.mark.filterwarnings("ignore:.*normalises gradients")
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_a_learning_rate_may_be_a_tensor(truncate):
+    """A rate in a tensor is set in place, saved as one, and steps as a number does."""
+    runs = []
+    for as_tensor in (True, False):
+        model = small_cnn()
+        rate = torch.tensor(0.02) if as_tensor else 0.02
+        opt = WormOptimizer(
+            torch.optim.Adam(model.parameters(), lr=rate, foreach=False),
+            model,
+            truncate=truncate,
+            **SEARCH,
+        )
+        train(model, opt, range(6))
+        if as_tensor:
+            opt.param_groups[0]["lr"].fill_(0.01)
+        else:
+            opt.param_groups[0]["lr"] = 0.01
+        train(model, opt, range(6, 9))
+        saved = opt.state_dict()
+        assert type(saved["param_groups"][0]["lr"]) is type(rate)
+        opt.load_state_dict(saved)
+        train(model, opt, range(9, 20))
+        runs.append(weights_of(model))
+
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_only_creates_state_does_not_count():
