@@ -1,7 +1,6 @@
 """Train with every optimizer of torch and timm, plain and wrapped, and say what came of it.
 
     python tests/every_optimizer.py > docs/optimizers.md   # the page that lists them
-    python tests/every_optimizer.py timm.lion torch.LBFGS  # some of them, in words
 
 Names are not written down here: what torch.optim and ``timm.optim.list_optimizers()`` hold is what
 is tried, so that a new optimizer is tried the day it is released.
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training import loss_of, same, weights_of
 
 from torch_worm_optim import ParameterSelector, Phase, Selector, WormOptimizer
+from torch_worm_optim.truncation import is_normalising
 
 # With the third mask the window is full, and any two masks are closer than the stopping point: the
 # phases are the same for every optimizer, whatever it does to the weights.
@@ -309,3 +310,104 @@ def judge(name: str) -> Verdict:
         closure=same(by_gradient, with_closures),
         resumes=same(by_gradient, resumed[0][0]) and same(by_update, resumed[1][0]),
     )
+
+
+# ---- the page
+
+
+HEAD = """\
+% Written by: python tests/every_optimizer.py > docs/optimizers.md
+
+# Optimizers
+
+Any `torch.optim.Optimizer` can be wrapped. These were, all that torch.optim exports and all that
+`timm.optim.list_optimizers()` names, with torch {torch} and timm {timm}: each trained a small
+network through all phases, from the first mask to pruned.
+
+| optimizer | class | r = 1 | gradient | update | closure | resumes | warned |
+|---|---|---|---|---|---|---|---|
+"""
+
+FOOT = """
+r = 1
+: With `truncation=1`, weights and state are bit for bit those of the plain optimizer, with both
+  values of `truncate`.
+
+gradient, update
+: With `truncate="gradient"`, or `"update"`, and `truncation=0`: while truncating, the gradients of
+  removed entries are 0, or these entries keep their bits; once pruned, they stay zero.
+
+closure
+: `step(closure)` does bit for bit what a backward and `step()` do. LBFGS always needs its closure.
+
+resumes
+: Saved in each phase, read with `torch.load(weights_only=True)` and loaded, the run keeps its bits.
+
+warned
+: With `truncate="gradient"` you are told that this optimizer normalises gradients, see
+  [caveats](caveats.md#adam-and-its-kin).
+
+Optimizers of torch that take `foreach=True` or `fused=True` were tried with them, too, and have a
+row for it only where that went otherwise.
+
+## What some of them ask for
+
+`torch.LBFGS` has one parameter group and needs a closure. It is truncated at each evaluation, and
+counted once a step.
+
+`torch.Muon` takes matrices only. Give the other parameters to another optimizer, and select among
+the matrices, for example with `ParameterSelector("*.weight")`. The Muon optimizers of timm take all
+parameters and need no such care.
+
+`torch.SparseAdam` takes sparse gradients only, as of `nn.Embedding(..., sparse=True)`; select those
+tables. Sparse gradients are truncated as they are, without making them dense.
+
+`timm.adahessian` needs `backward(create_graph=True)`, and differentiates the gradients as they were
+before truncation. It keeps the state of its random numbers out of its checkpoint, so that a resumed
+run draws others, wrapped or not.
+
+`timm.kron` compiles parts of itself; here it ran without.
+
+With those of timm that step by the sign of the gradient, such as Lion, scales that start equal stay
+equal for long, and [tie for the mask](caveats.md#freshly-made-batchnorm-scales-are-all-1).
+
+Optimizers that take several steps in one, such as SAM, and those that step during backward were not
+tried.
+
+## Not tried
+
+| optimizer | why |
+|---|---|
+"""
+
+
+def page() -> str:
+    """The page that says what came of every optimizer."""
+    import timm
+
+    rows, missing = [], []
+    for name in torch_names() + timm_names():
+        try:
+            verdict = judge(name)
+        except UnavailableError as reason:
+            missing.append(f"| `{name}` | {reason} |")
+            continue
+        if " " in name and all(verdict):
+            continue  # one sentence on the page says it for all of them
+        marks = ["yes" if mark else "no" for mark in verdict]
+        if not verdict.resumes and not plain_resumes(name):
+            marks[-1] = "no, nor does the plain one"
+        optimizer = optimizer_for(name, model_for(name))
+        warned = "yes" if is_normalising(optimizer) else ""
+        rows.append(f"| `{name}` | {type(optimizer).__name__} | {' | '.join(marks)} | {warned} |")
+    text = HEAD.format(torch=torch.__version__.split("+")[0], timm=timm.__version__)
+    return text + "\n".join(rows) + "\n" + FOOT + "".join(f"{each}\n" for each in missing)
+
+
+if __name__ == "__main__":
+    import timm.optim.kron
+
+    timm.optim.kron.has_dynamo = False  # It would compile itself for longer than it runs.
+    warnings.simplefilter("ignore")  # Tests see to warnings; this page is about results.
+    torch.set_num_threads(1)
+    print(page(), end="")
