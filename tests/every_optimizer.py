@@ -110,7 +110,7 @@ def model_for(name: str) -> nn.Module:
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=3, bias=False),
         nn.BatchNorm2d(8),
-        nn.ReLU(),
+        nn.LeakyReLU(),  # lets gradients through to what is pruned, and must be held
         nn.Flatten(),
         nn.Linear(32, 3),
     )
