@@ -115,12 +115,12 @@ class Representative:
 
     @property
     def ranked(self) -> tuple[Representative, ...]:
-        """All that makes up the units: this one, without followers, and its partners."""
+        """What makes up the units, which is this one without its followers, and its partners."""
         return (replace(self, followers=(), partners=()), *self.partners)
 
     @property
     def reached(self) -> tuple[Representative, ...]:
-        """All that the mask reaches: what is ranked, then what follows."""
+        """What is ranked, then what follows."""
         alone = replace(self, followers=(), partners=())
         followers = (replace(alone, name=f) if isinstance(f, str) else f for f in self.followers)
         return (*self.ranked, *followers)

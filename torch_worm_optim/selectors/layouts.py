@@ -2,16 +2,18 @@
 
 A layout says what the output features of a weight are, block after block:
 
-==================================================  ============================================
-``"q"``                                             all are queries
-``"q k v"``                                         three equal blocks: timm's and GPT-2's way
-``"num_heads * (q k v)"``                           that for every head in turn: GPT-NeoX's way
-``"q=embed_dim k v"``                               as many queries as the module's ``embed_dim``;
-                                                    blocks without a size share the rest equally
-``"num_heads * (k=qk_nope_head_dim v=v_head_dim)"`` sizes are integers, attributes of the module or
-                                                    of its ``config``, or products ``a*b`` of them
-``"_ * (q=dim k=dim v=dim)"``                       as many times as it takes
-==================================================  ============================================
+``"q"``
+    All are queries.
+``"q k v"``
+    Three equal blocks: timm's and GPT-2's way.
+``"num_heads * (q k v)"``
+    That for every head in turn: GPT-NeoX's way.
+``"q=embed_dim k v"``
+    As many queries as the module's ``embed_dim``; blocks without a size share the rest equally.
+``"num_heads * (k=qk_nope_head_dim v=v_head_dim)"``
+    Sizes are integers, attributes of the module or of its ``config``, or products ``a*b`` of them.
+``"_ * (q=dim k=dim v=dim)"``
+    As many times as it takes.
 
 Blocks named ``q``, ``k`` and ``qk`` (one projection for both) make queries and keys, and so does
 ``kv`` where the same tensor is read as key and as value. ``v`` makes values. Any other name makes
