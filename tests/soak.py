@@ -47,7 +47,7 @@ class Training:
             self.model,
             window=4,
             stopping_point=0.004,  # no entry may change: it takes some thousand steps
-            margin=0.03,
+            margin=0.1,
             truncation=0.1,
             truncate="update" if seed % 2 else "gradient",
             sample_every=lambda step: random.Random(f"{seed} {step} mask").random() < 0.02,
