@@ -38,9 +38,13 @@ class Run:
 
 
 def add_search_arguments(
-    parser: argparse.ArgumentParser, *, window: int, stopping_point: float, margin: float
+    parser: argparse.ArgumentParser,
+    *,
+    window: int,
+    stopping_point: float | None,
+    margin: float | None,
 ) -> None:
-    """The arguments of WormOptimizer, with these defaults."""
+    """The arguments of WormOptimizer, with these defaults; None where the data decides."""
     add = parser.add_argument
     add("--prune-ratio", type=float, default=0.5, help="p: share of entries to remove")
     add(

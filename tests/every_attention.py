@@ -332,7 +332,7 @@ def judge_model(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> Verd
 
 
 def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
-    """Every model type of the two mappings that the issue of a selector is about."""
+    """Every model type of both mappings."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto
 

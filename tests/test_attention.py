@@ -59,6 +59,7 @@ def test_transformers_selections_hold_all_that_attention_looks_by_and_nothing_el
     verdict = every_attention.judge_model(model, inputs)
 
     assert verdict.passed, verdict
+    assert "mixed" not in verdict.reason  # flat without the queries, and without the keys
     assert verdict.uniform or model_type == "t5"
     assert verdict.n_layers >= 1
 

@@ -210,6 +210,19 @@ def test_a_sample_that_misleads_costs_time_only(monkeypatch, sample):
         assert threshold.find_threshold(scores, count) == ordered[count - 1]
 
 
+@pytest.mark.parametrize("equal", ["half", "all"])
+def test_equal_scores_are_found_without_bisection(monkeypatch, equal):
+    """A score that a large share has is an end of the bracket, which two passes tell."""
+    # Once the end was looked for just below itself, where single precision has no number.
+    scores = torch.randn(200_000)
+    scores[: 120_000 if equal == "half" else 200_000] = 0.7
+    monkeypatch.setattr(threshold, "_bisect", None)
+
+    found = threshold.find_threshold(threshold.Scores([scores]), 100_000)
+
+    assert found == scores.abs().sort().values[99_999]
+
+
 @pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])
 def test_large_masks_of_awkward_scores_equal_a_sort(kind):
     """Ties by the hundred thousand, numbers near nothing, coarse types, and strided views."""

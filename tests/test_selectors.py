@@ -179,8 +179,31 @@ def test_a_computed_projection_is_refused():
     torch.nn.utils.parametrizations.weight_norm(layers["query"])
     model = nn.ModuleDict({"attn": layers})
 
-    with pytest.raises(ValueError, match=r"'attn' \(ModuleDict\) is computed from other"):
+    with pytest.raises(ValueError, match=r"'query.weight' of 'attn' .* is computed from other"):
         QueryKeySelector()(model)
+
+
+def test_a_computed_value_projection_is_nobodys_business():
+    """Values are not selected unless asked for, and so may be computed from what they like."""
+    layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("query", "key", "value")})
+    torch.nn.utils.parametrizations.weight_norm(layers["value"])
+
+    assert names(QueryKeySelector(), layers) == ["query.weight", "key.weight"]
+    with pytest.raises(ValueError, match=r"'value\.weight' of .* is computed"):
+        QueryKeySelector(value=True)(layers)
+
+
+def test_layers_without_a_map_are_no_attention():
+    """A fused matrix of linear attention is neither selected nor reason for an error."""
+
+    class SomeLightningAttention(nn.ModuleDict):
+        pass
+
+    model = nn.ModuleList([SomeLightningAttention({"qkv_proj": nn.Linear(4, 12)})])
+
+    assert not QueryKeySelector().finds_any(model)
+    with pytest.raises(ValueError, match="has neither BatchNorm layers nor attention"):
+        default_selector(model)
 
 
 def test_queries_and_keys_of_known_layouts():

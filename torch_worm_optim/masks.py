@@ -12,7 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_worm_optim.threshold import NotFiniteError, Scores, check_finite, find_threshold
+from torch_worm_optim.threshold import (
+    NotFiniteError,
+    Scores,
+    check_finite,
+    find_threshold,
+    total,
+)
 
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
@@ -205,10 +211,12 @@ def _remove_lowest(scores: Scores, count: int) -> Mask:
         check_finite(scores)
         return Mask(kept, 0)
     threshold = find_threshold(scores, count)
+    n_above = []
     for start, chunk in scores:
-        # Written as numbers first: that is faster than comparing into bools.
-        kept[start : start + len(chunk)].copy_(torch.gt(chunk, threshold, out=chunk))
-    n_spared = scores.n - count - int(kept.count_nonzero())
+        # Written as numbers first: that is faster than comparing into bools and counting those.
+        n_above.append(torch.gt(chunk, threshold, out=chunk).sum())
+        kept[start : start + len(chunk)].copy_(chunk)
+    n_spared = scores.n - count - total(n_above)
     if n_spared == 0 and scores.aside is None:
         return Mask(kept, 0)
     n_equal = scores.count_equal(threshold)

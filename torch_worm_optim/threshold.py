@@ -52,7 +52,7 @@ class Scores:
         self.aside = aside
         self.device = self.entries[0].device
         self.n = sum(tensor.numel() for tensor in self.entries)
-        real = [_real(tensor.dtype) for tensor in self.entries]
+        real = [t.dtype.to_real() if t.is_complex() else t.dtype for t in self.entries]
         # Scores of half precision compare as they are in single precision, at full speed.
         self.dtype = torch.float64 if torch.float64 in real else torch.float32
         self.size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
@@ -122,16 +122,27 @@ class Scores:
         """How many scores are ``value``."""
         return self._count(torch.eq, value)
 
+    def count_below(self, value: float) -> int:
+        """How many scores are smaller than ``value``."""
+        return self._count(torch.lt, value)
+
     def count_at_most(self, value: float) -> int:
         """How many scores are no larger than ``value``."""
         return self._count(torch.le, value)
 
     def _count(self, compare: Callable[..., Tensor], value: float) -> int:
-        return _total([compare(chunk, value, out=chunk).sum() for _, chunk in self])
+        return total([compare(chunk, value, out=chunk).sum() for _, chunk in self])
 
 
-def _total(counts: list[Tensor]) -> int:
-    """The sum of counts that are exact one by one; the device is waited for once."""
+def total(counts: list[Tensor]) -> int:
+    """The sum of counts that are exact one by one; the device is waited for once.
+
+    Args:
+        counts: Scalars on one device.
+
+    Returns:
+        Their sum, 0 for none.
+    """
     return int(torch.stack(counts).sum(dtype=torch.float64)) if counts else 0
 
 
@@ -169,16 +180,15 @@ def find_threshold(scores: Scores, count: int) -> float:
         if low < high:
             inside.append(_compressed(chunk, between.bool()))
     _check_finite(highest, scores)
-    n_below, candidates = _total(n_low), torch.cat(inside) if inside else chunk[:0]
-    if n_below < count <= n_below + len(candidates) < n_below + scores.n:
-        return find_threshold(Scores([candidates]), count - n_below)
-    # It is one of the ends where many scores are equal, or else the sample misled.
-    for end in (low, high):
-        before = math.nextafter(end, -math.inf)
-        if end not in (-1.0, math.inf) and (
-            scores.count_at_most(before) < count <= scores.count_at_most(end)
-        ):
-            return end
+    n_at_most_low, candidates = total(n_low), torch.cat(inside) if inside else chunk[:0]
+    n_below_high = n_at_most_low + len(candidates)
+    if n_at_most_low < count <= n_below_high and len(candidates) < scores.n:
+        return find_threshold(Scores([candidates]), count - n_at_most_low)
+    # It is one of the ends, where many scores are equal, or else the sample misled.
+    if scores.count_below(low) < count <= n_at_most_low:
+        return low
+    if n_below_high < count <= scores.count_at_most(high):
+        return high
     return _bisect(scores, count)
 
 
@@ -221,7 +231,7 @@ def _bisect(scores: Scores, count: int) -> float:
     """The smallest number that ``count`` scores do not exceed, bit by bit."""
     whole = torch.int32 if scores.dtype == torch.float32 else torch.int64
     # The bit patterns of non-negative floating point numbers are in the order of the numbers.
-    low, high = 0, int(torch.tensor(math.inf, dtype=scores.dtype).view(whole))
+    low, high = 0, int(torch.tensor(math.inf, dtype=scores.dtype, device="cpu").view(whole))
     while low < high:
         middle = (low + high) // 2
         value = torch.tensor(middle, dtype=whole, device="cpu").view(scores.dtype).item()
@@ -230,7 +240,3 @@ def _bisect(scores: Scores, count: int) -> float:
         else:
             low = middle + 1
     return torch.tensor(low, dtype=whole, device="cpu").view(scores.dtype).item()
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype

@@ -128,18 +128,25 @@ class QueryKeySelector(JoinableSelector):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found: dict[str, Representative] = {}  # a weight that two layers share is selected once
         for path, module in model.named_modules():
-            blocks = attention_blocks(path, module, self.layouts)
+            blocks = [
+                block
+                for block in attention_blocks(path, module, self.layouts)
+                if block.label in (*_QUERIES, *_KEYS, "q_rank", "latent")
+                or (block.label == "v" and self.value)
+            ]
+            if self.granularity == "entry":
+                blocks = [
+                    b for b in blocks if not b.is_bias and (b.label != "latent" or self.value)
+                ]
             for block in blocks:
                 if id(block.parameter) not in names:
                     raise ValueError(
-                        f"A query or key weight of {path!r} ({type(module).__name__}) is computed "
-                        "from other parameters. Name those: ParameterSelector(...)."
+                        f"{block.path!r} of {path!r} ({type(module).__name__}) is computed from "
+                        "other parameters. Name those: ParameterSelector(...)."
                     )
             if self.granularity == "entry":
-                labels = (*_QUERIES, *_KEYS, "q_rank", *(["v", "latent"] if self.value else []))
-                weights = [b for b in blocks if b.label in labels and not b.is_bias]
                 chosen = [
-                    _as_entries(run, names[id(run.parameter)]) for run in _joined_runs(weights)
+                    _as_entries(run, names[id(run.parameter)]) for run in _joined_runs(blocks)
                 ]
             else:
                 chosen = self._units(path, module, blocks, names)
@@ -155,8 +162,9 @@ class QueryKeySelector(JoinableSelector):
     def finds_any(self, model: nn.Module) -> bool:
         """Whether ``model`` has attention at all, in a layout that is known or not."""
         return any(
-            _layouts_of(module, self.layouts) or _unknown_fused(module)
+            _unknown_fused(module) if known is None else known
             for module in model.modules()
+            for known in (_layouts_of(module, self.layouts),)
         )
 
     def _units(
@@ -169,22 +177,21 @@ class QueryKeySelector(JoinableSelector):
         if not queries and not keys:
             return []
         where = f"{path or 'the model'!r} ({type(module).__name__})"
+        why = ""
         if any(b.label in ("q_rank", "latent") for b in blocks):
+            why = "by rows: they are made in two steps"
+        elif not queries or not (keys or shared):
+            why = "in it: it makes only one of them"
+        if why:
             shapes = {b.path: tuple(b.parameter.shape) for b in blocks}
             raise ValueError(
-                f"Queries and keys of {where} have no pairing by rows: they are made in two steps, "
-                f'by {shapes}. Pass granularity="entry".'
-            )
-        if not queries or not (keys or shared):
-            shapes = {b.path: tuple(b.parameter.shape) for b in blocks}
-            raise ValueError(
-                f"Queries and keys of {where} have no pairing: it makes only one of them, by "
-                f'{shapes}. Pass granularity="entry".'
+                f"Queries and keys of {where} have no pairing {why}, by {shapes}. Pass "
+                'granularity="entry".'
             )
         width = _head_width(where, module, queries)
         n_groups = (keys or shared)[0].n_features // width
         chosen = [*queries, *keys]
-        values = [b for b in blocks if b.label == "v"] if self.value else []
+        values = [b for b in blocks if b.label == "v"]
         if self.granularity == "head":
             chosen += values
         representatives = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -113,12 +114,12 @@ class Representative:
         """
         return math.prod(self.units) if self.units else self.entries(tensor).numel()
 
-    @property
+    @cached_property  # asked for at every step
     def ranked(self) -> tuple[Representative, ...]:
         """What makes up the units, which is this one without its followers, and its partners."""
         return (replace(self, followers=(), partners=()), *self.partners)
 
-    @property
+    @cached_property
     def reached(self) -> tuple[Representative, ...]:
         """What is ranked, then what follows."""
         alone = replace(self, followers=(), partners=())
