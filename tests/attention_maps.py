@@ -25,6 +25,7 @@ Maps = dict[str, list[Tensor]]
 
 # Softmaxes inside an attention module that are no attention map: of experts, of what picks tokens.
 _NO_MAP = re.compile(r"router|gate|indexer|compressor")
+_BY_HAND = re.compile(r"^reformer\..*self_attention$")
 # What makes scores of relative positions and of sinks: no keys, and yet scores.
 _POSITIONS = re.compile(
     r"(r|r_kernel|seg_embed|r_proj|sink_proj|dt_proj|rel_pos_[hw]|pos_embed|(pos_(key_|query_|q_)?|relative_k_)proj|relative_pos\w*)(\.|$)"
@@ -62,7 +63,9 @@ class _Softmaxes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         softmaxes = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
-        if func in softmaxes and args[1] in (-1, result.ndim - 1):  # over positions
+        # Reformer divides by a sum of exponentials itself.
+        by_hand = func is torch.ops.aten.exp.default and _BY_HAND.search(self.running[-1])
+        if by_hand or (func in softmaxes and args[1] in (-1, result.ndim - 1)):  # over positions
             self.maps.setdefault(self.running[-1], []).append(result.detach().clone())
         return result
 

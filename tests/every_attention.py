@@ -118,6 +118,41 @@ _LINEAR = {
     "linear_head_dim": 16,
     "linear_num_heads": 4,
 }
+_DOTS = {
+    **LATENT,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "indexed_attention"] * 2,
+    "mlp_layer_types": _DENSE,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "intermediate_size": 96,
+}
+_QWEN4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 8,
+    "ple_embed_dim": 64,
+    "vocab_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+}
 # What single model types need beyond that, to be built at all or to have every kind of layer.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _LINEAR,
@@ -128,17 +163,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deberta": _RELATIVE,
     "deberta-v2": _RELATIVE,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {
-        **LATENT,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "indexed_attention"] * 2,
-        "mlp_layer_types": _DENSE,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "vocab_size": 128,
-        "intermediate_size": 96,
-    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 64, "n_heads": 4},
+    "dots3_note": {"text_config": _DOTS},
+    "dots3_note_text": _DOTS,
     "esmc": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 64},
     "funnel": {
         "block_sizes": [2, 2],
@@ -149,6 +176,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "d_inner": 96,
     },
     "gemma3n_text": _GEMMA3N,
+    "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
     "gemma3n": {"text_config": _GEMMA3N},
     "gptj": {"rotary_dim": 16},
@@ -206,39 +234,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "v_channels": 32,
         "image_size": 8,
     },
-    "qwen4_exp_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["linear_attention", "indexed_attention"] * 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 2,
-        "hc_lowrank": 8,
-        "ple_embed_dim": 64,
-        "vocab_size": 128,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 4,
-    },
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "reformer": {
         "axial_pos_embds": False,
         "is_decoder": True,
         "attn_layers": ["local", "lsh", "local", "lsh"],
         "attention_head_size": 16,
-        "num_buckets": 2,
-        "lsh_attn_chunk_length": 4,
-        "local_attn_chunk_length": 4,
-        "hash_seed": 0,
+        # Chunks longer than the sentence: nothing is hashed, which would pick other positions.
+        "lsh_attn_chunk_length": 64,
+        "local_attn_chunk_length": 64,
     },
     "t5": {"decoder_start_token_id": 0, "d_kv": 16},
     "umt5": {"decoder_start_token_id": 0, "d_kv": 16},
@@ -255,7 +260,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_mem_blocks": 1,
     },
 }
-_MOST_PARAMETERS = 200e6
+_MOST_PARAMETERS = 600e6
 
 
 def shrink(config: Any) -> Any:
@@ -308,6 +313,9 @@ def small_transformer(model_type: str, auto: Any) -> nn.Module:
         if not isinstance(value, dict):
             _set(config, name, value)
     torch.manual_seed(0)
+    if model_type in ("musicgen", "musicgen_melody"):  # their class wants a part of their config
+        config.decoder._attn_implementation = "eager"
+        return auto._model_mapping[type(config)](config.decoder).float().eval()
     return auto.from_config(config, attn_implementation="eager").float().eval()
 
 

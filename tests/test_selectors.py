@@ -148,6 +148,18 @@ def test_separate_projections_are_known_by_their_names(projections):
         QueryKeySelector()(nn.ModuleDict(layers))
 
 
+def test_keys_that_are_read_as_values_are_keys():
+    """A layer whose value projection is None has queries and keys all the same."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(4, 4), nn.Linear(4, 4), None
+
+    assert names(QueryKeySelector(), Shared()) == ["q_proj.weight", "k_proj.weight"]
+    assert names(QueryKeySelector(value=True), Shared()) == ["q_proj.weight", "k_proj.weight"]
+
+
 @pytest.mark.parametrize(
     "name", ["qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn", "to_qkv", "kv", "qk"]
 )

@@ -303,7 +303,11 @@ def _layouts_of(module: nn.Module, layouts: Mapping[str, Layouts]) -> Layouts | 
         return {}
     found: dict[str, Any] = {}
     for names in BY_NAMES:
-        has_all = all(_has_weight(module._modules.get(name)) for name in names)
+        has_all = all(
+            _has_weight(module._modules.get(name))
+            or (layout == "v" and getattr(module, name, module) is None)
+            for name, layout in names.items()
+        )
         if has_all and found.keys().isdisjoint(names):
             found.update(names)
     return found or None

@@ -41,7 +41,8 @@ _LATENT: Layouts = {
     "kv_b_proj": "num_heads * (k=qk_nope_head_dim v=v_head_dim)",
 }
 
-# Names that mean the same in every class that has all of them.
+# Names that mean the same in every class that has all of them. Values may be None: then the keys
+# are read as values too.
 BY_NAMES: tuple[Layouts, ...] = (
     {"q_a_proj": "q_rank", "q_b_proj": "q", **_LATENT},  # DeepSeek's latent attention
     {"q_proj": "q", **_LATENT},
@@ -90,6 +91,8 @@ BY_CLASS: dict[str, Layouts] = {
     },
     "transformers.BloomAttention": {"query_key_value": _BY_HEAD},
     "transformers.CodeGenAttention": {"qkv_proj": "4 * (q v k)"},
+    "transformers.CohereCompassVisionAttention": _QKV,
+    "transformers.DbrxAttention": {"Wqkv": "q=hidden_size k v"},
     "transformers.DeepseekV4Attention": {"q_a_proj": "q_rank", "q_b_proj": "q", "kv_proj": "kv"},
     "transformers.DeepseekV4CSACompressor": {"kv_proj": "kv"},
     "transformers.DeepseekV4HCACompressor": {"kv_proj": "kv"},
@@ -118,15 +121,17 @@ BY_CLASS: dict[str, Layouts] = {
     },
     "transformers.GPTNeoXAttention": {"query_key_value": "num_attention_heads * (q k v)"},
     "transformers.GPTNeoXJapaneseAttention": {"query_key_value": "num_attention_heads * (q k v)"},
-    # Layers that reuse the keys of another have none of their own, and some have no values.
+    # Layers that reuse the keys of another have none of their own.
     "transformers.Gemma3nTextAttention": _separate("q_proj", "k_proj", "v_proj"),
-    "transformers.Gemma4TextAttention": {
-        "q_proj": "q",
-        "k_proj": lambda module: "k" if getattr(module, "v_proj", None) is not None else "kv",
-        "v_proj": "v",
-    },
+    "transformers.Gemma4TextAttention": _separate("q_proj", "k_proj", "v_proj"),
+    "transformers.Gemma4UnifiedTextAttention": _separate("q_proj", "k_proj", "v_proj"),
     "transformers.JetMoeAttention": {"experts.input_linear": "q", "kv_proj": "k v"},
     "transformers.Glm5NextTextLinearAttention": {},
+    "transformers.LayoutLMv2SelfAttention": {
+        "qkv_linear": "q k v",
+        "q_bias": "q",
+        **_separate("query", "key", "value"),
+    },
     "transformers.LSHSelfAttention": {"query_key": "qk", "value": "v"},
     "transformers.LukeSelfAttention": {
         **_separate("query", "key", "value"),
