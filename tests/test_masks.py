@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_worm_optim import masks as masks_module
 from torch_worm_optim import threshold
+from torch_worm_optim.counting import count_bits
 from torch_worm_optim.masks import (
     compute_mask,
     mask_distance,
@@ -178,6 +179,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(threshold, "_FEW", 4)
     monkeypatch.setattr(threshold, "_SAMPLE", 6)
     monkeypatch.setattr(masks_module, "_PART", 3)
+    monkeypatch.setattr(masks_module, "_GLANCE", 2)
     monkeypatch.setattr(threshold, "_DEVIATIONS", 0.7)
 
 
@@ -198,29 +200,68 @@ def test_masks_in_chunks_equal_the_slow_twin(first, second, ratio, scope, min_ke
     assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
 
 
-@pytest.mark.parametrize("sample", ["lowest", "highest", "all"])
+@pytest.mark.parametrize("sample", ["lowest", "highest"])
 def test_a_sample_that_misleads_costs_time_only(monkeypatch, sample):
-    """The threshold is found wherever the bracket lies."""
-    scores = threshold.Scores([torch.randn(300_000, dtype=torch.float64)])
-    ordered = scores.entries[0].abs().sort().values
-    wrong = {"lowest": ordered[:100], "highest": ordered[-100:], "all": ordered}[sample]
-    monkeypatch.setattr(threshold.Scores, "sample", lambda self: wrong)
+    """The lowest are found wherever the bracket lies."""
+    scores = torch.randn(300_000, dtype=torch.float64)
+    order = scores.abs().sort().indices
+    chosen = order[:200] if sample == "lowest" else order[-200:]
+    monkeypatch.setattr(
+        threshold.Scores,
+        "sample",
+        lambda self, stride, dtype: self.keys_at(chosen.sort().values, dtype),
+    )
 
-    for count in (1, 150_000, 300_000):
-        assert threshold.find_threshold(scores, count) == ordered[count - 1]
+    for count in (1, 150_000, 299_999, 300_000):
+        kept = threshold.remove_lowest([threshold.Scores([scores])], count).kept[0]
+        assert set(order[:count].tolist()) == set((~kept).nonzero().flatten().tolist())
 
 
 @pytest.mark.parametrize("equal", ["half", "all"])
 def test_equal_scores_are_found_without_bisection(monkeypatch, equal):
-    """A score that a large share has is an end of the bracket, which two passes tell."""
-    # Once the end was looked for just below itself, where single precision has no number.
+    """A score that a large share has is found by a guess, which two passes prove."""
     scores = torch.randn(200_000)
     scores[: 120_000 if equal == "half" else 200_000] = 0.7
     monkeypatch.setattr(threshold, "_bisect", None)
 
-    found = threshold.find_threshold(threshold.Scores([scores]), 100_000)
+    selection = threshold.remove_lowest([threshold.Scores([scores])], 100_000)
 
-    assert found == scores.abs().sort().values[99_999]
+    order = scores.abs().sort(stable=True).indices
+    assert not selection.kept[0][order[:100_000]].any()
+    assert selection.n_tied == (120_000 if equal == "half" else 200_000)
+
+
+def test_numbers_that_round_to_infinity_are_finite():
+    """The largest single precision number is no infinity, though bfloat16 takes it for one."""
+    scores = torch.randn(100_000)
+    scores[7] = torch.finfo(torch.float32).max
+
+    assert compute_mask({"w": scores}, 0.5).kept[7]
+    scores[8] = -math.inf
+    for ratio in (0.0, 0.5):
+        with pytest.raises(ValueError, match="'w': it has NaN or infinite"):
+            compute_mask({"w": scores}, ratio)
+
+
+@given(
+    st.lists(st.integers(0, 7), min_size=1),
+    st.integers(0, 9),
+    st.integers(0, 90_000),
+    st.integers(1, 90_000),
+    st.integers(0, 99),
+)
+@example([4, 0, 7], 3, 8 * 240 * 33 + 5, 90_000, 1)
+@example([0], 0, 8 * 240 * 44, 8 * 240 * 20 + 1, 0)
+def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
+    """Lanes neither overflow nor miss a byte, wherever the bytes begin."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(256, (start + n,), dtype=torch.uint8, generator=generator)
+    if seed % 2:
+        values.fill_(255)
+
+    counted = count_bits(torch.split(values[start:], part), bits).tolist()
+
+    assert counted == [int((values[start:].numpy() >> bit & 1).sum()) for bit in bits]
 
 
 @pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])

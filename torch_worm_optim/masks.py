@@ -6,24 +6,23 @@ selection and one comparison serve the whole network. In every mask **True = kep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torch_worm_optim.threshold import (
-    NotFiniteError,
-    Scores,
-    check_finite,
-    find_threshold,
-    total,
-)
+from torch_worm_optim.counting import count_bits
+from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one, remove_lowest
 
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
-_PART = 1 << 20
+_PART = 240 << 12
+# Entries of a layer that are looked at first to see whether any are kept.
+_GLANCE = 1 << 13
 
 
 def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
@@ -110,12 +109,29 @@ class Mask(NamedTuple):
     n_tied: int
 
 
+class Held(NamedTuple):
+    """What one rank holds of a representative whose entries are spread over several.
+
+    Attributes:
+        n_entries: How many entries all ranks hold together.
+        positions: Turns positions among the entries here into positions among all, in order.
+        add_up: Adds counts, an int64 tensor, over the ranks that hold the others.
+        domain: The same for all representatives that are spread over the same ranks.
+    """
+
+    n_entries: int
+    positions: Callable[[Tensor], Tensor]
+    add_up: Callable[[Tensor], Tensor]
+    domain: Hashable
+
+
 def compute_mask(
     entries: Mapping[str, Tensor],
     prune_ratio: float,
     *,
     scope: str = "global",
     min_keep: int = 1,
+    held: Mapping[str, Held] | None = None,
 ) -> Mask:
     r"""Mask that removes exactly the ``round(prune_ratio * n)`` entries of lowest magnitude.
 
@@ -134,9 +150,11 @@ def compute_mask(
             representative alone and removes ``round(prune_ratio * size)`` of each.
         min_keep: Entries of each representative that always survive, 0 or more. Where that leaves
             fewer than are to be removed, all that are left are removed.
+        held: For entries of which other ranks hold a part, what this one holds; the mask is that of
+            all entries, and this is a collective call.
 
     Returns:
-        The :class:`Mask`, **True = kept**, on the first tensor's device.
+        The :class:`Mask` of the entries given, **True = kept**, on the first tensor's device.
 
     Raises:
         ValueError: If ``prune_ratio`` or ``scope`` is none of these, if there is no entry at all,
@@ -159,75 +177,146 @@ def compute_mask(
         raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
-    tensors = [tensor.detach() for tensor in entries.values()]
-    sizes = [tensor.numel() for tensor in tensors]
-    if sum(sizes) == 0:
+    layers = [
+        _layer(tensor.detach(), held.get(name) if held else None)
+        for name, tensor in entries.items()
+    ]
+    if sum(layer.n for layer in layers) == 0:
         raise ValueError("There are no entries to rank: every representative is empty.")
     try:
         if scope == "global":
-            return _global_mask(tensors, sizes, prune_ratio, min_keep)
-        layers = [
+            return _global_mask(layers, prune_ratio, min_keep)
+        drawn = [
             _remove_lowest(
-                Scores([tensor]), min(round(prune_ratio * size), size - min(min_keep, size))
+                [layer], min(round(prune_ratio * layer.n), layer.n - min(min_keep, layer.n))
             )
-            for tensor, size in zip(tensors, sizes, strict=True)
+            for layer in layers
         ]
     except NotFiniteError as error:
-        name = next(n for n, t in entries.items() if not torch.isfinite(t.detach().abs()).all())
+        bad = [n for n, t in entries.items() if not torch.isfinite(t.detach().abs()).all()]
+        what = f"{bad[0]!r}: it has" if bad else "the entries that another rank holds: they have"
         raise ValueError(
-            f"Cannot rank {name!r}: it has NaN or infinite entries, so a mask drawn from it would "
+            f"Cannot rank {what} NaN or infinite entries, so a mask drawn from it would "
             "mean nothing. Training has diverged: lower the learning rate, clip gradients, or go "
             "back to an earlier checkpoint."
         ) from error
-    kept = torch.cat([layer.kept.to(tensors[0].device) for layer in layers])
-    return Mask(kept, sum(layer.n_tied for layer in layers))
+    kept = torch.cat([each.kept.to(layers[0].entries.device) for each in drawn])
+    return Mask(kept, sum(each.n_tied for each in drawn))
 
 
-def _global_mask(
-    tensors: list[Tensor], sizes: list[int], prune_ratio: float, min_keep: int
-) -> Mask:
-    n_remove = round(prune_ratio * sum(sizes))
-    mask = _remove_lowest(Scores(tensors), n_remove)
+class _Layer(NamedTuple):
+    """What this process holds of one representative."""
+
+    entries: Tensor
+    held: Held | None
+    n: int  # entries, wherever they are
+
+
+def _layer(entries: Tensor, held: Held | None) -> _Layer:
+    return _Layer(entries, held, entries.numel() if held is None else held.n_entries)
+
+
+def _global_mask(layers: list[_Layer], prune_ratio: float, min_keep: int) -> Mask:
+    n = sum(layer.n for layer in layers)
+    n_remove = round(prune_ratio * n)
+    mask = _remove_lowest(layers, n_remove)
     # The lowest of all are the lowest of each representative, so as long as enough of each are
     # left, the entries to be set aside are among them and the mask is what it would be with them
     # set aside.
-    parts = torch.split(mask.kept, sizes)
-    quotas = [min(min_keep, size) for size in sizes]
-    n_kept = torch.stack([part.count_nonzero() for part in parts]).tolist()
-    if all(n >= quota for n, quota in zip(n_kept, quotas, strict=True)):
+    quotas = [min(min_keep, layer.n) for layer in layers]
+    if _all_keep(mask.kept, layers, quotas):
         return mask
     highest = [
-        _remove_lowest(Scores([tensor]), size - quota).kept.to(tensors[0].device)
-        for tensor, size, quota in zip(tensors, sizes, quotas, strict=True)
+        _remove_lowest([layer], layer.n - quota).kept
+        for layer, quota in zip(layers, quotas, strict=True)
     ]
-    aside = torch.cat(highest).nonzero().flatten()
-    return _remove_lowest(Scores(tensors, aside), min(n_remove, sum(sizes) - len(aside)))
+    return _remove_lowest(layers, min(n_remove, n - sum(quotas)), highest)
 
 
-def _remove_lowest(scores: Scores, count: int) -> Mask:
-    """Mask without the ``count`` lowest scores not set aside, the earlier first among equals."""
-    kept = torch.ones(scores.n, dtype=torch.bool, device=scores.device)
-    if count == 0:
-        check_finite(scores)
-        return Mask(kept, 0)
-    threshold = find_threshold(scores, count)
-    n_above = []
-    for start, chunk in scores:
-        # Written as numbers first: that is faster than comparing into bools and counting those.
-        n_above.append(torch.gt(chunk, threshold, out=chunk).sum())
-        kept[start : start + len(chunk)].copy_(chunk)
-    n_spared = scores.n - count - total(n_above)
-    if n_spared == 0 and scores.aside is None:
-        return Mask(kept, 0)
-    n_equal = scores.count_equal(threshold)
-    n_tied = n_equal if scores.aside is None else Scores(scores.entries).count_equal(threshold)
-    n_lost = n_equal - n_spared
-    seen = 0
-    for start, chunk in scores:
-        equal = (chunk == threshold).nonzero().flatten()
-        kept[start + equal[max(0, n_lost - seen) :]] = True
-        seen += len(equal)
-    return Mask(kept, n_tied if n_tied > n_lost else 0)
+def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
+    """Whether each layer keeps at least so many of its entries."""
+    sizes = [layer.entries.numel() for layer in layers]
+    domains, add_up = _domains(layers)
+    # Most often a glance at the first few of each is enough to know.
+    for at_most in sorted({_GLANCE, max(_GLANCE, *sizes)}):
+        if kept.numel() <= at_most:  # few in all
+            up_to = nn.functional.pad(kept.cumsum(0), (1, 0))
+            counts = up_to[list(accumulate(sizes, initial=0))].diff()
+        else:
+            parts = torch.split(kept, sizes)
+            counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
+        if add_up is not add_up_one:
+            of_domains = []
+            for members in domains:
+                of_domains.append(torch.zeros_like(counts))
+                of_domains[-1][members] = counts[members]
+            counts = add_up(of_domains)
+        if all(n >= quota for n, quota in zip(counts.tolist(), quotas, strict=True)):
+            return True
+    return False
+
+
+def _domains(layers: Sequence[_Layer]) -> tuple[list[list[int]], AddUp]:
+    """The layers that are spread over the same ranks together, and what adds up counts of each."""
+    if all(layer.held is None for layer in layers):
+        return [list(range(len(layers)))], add_up_one
+    members: dict[Hashable, list[int]] = {}
+    for index, layer in enumerate(layers):
+        members.setdefault(layer.held and layer.held.domain, []).append(index)
+    holders = [layers[first].held for first, *_ in members.values()]
+
+    def add_up(counts: Sequence[Tensor]) -> Tensor:
+        sums = [
+            count if held is None else held.add_up(count)
+            for held, count in zip(holders, counts, strict=True)
+        ]
+        return torch.stack(sums).sum(0)
+
+    return list(members.values()), add_up
+
+
+def _remove_lowest(layers: list[_Layer], count: int, aside: list[Tensor] | None = None) -> Mask:
+    """Mask without the ``count`` lowest entries not set aside, the earlier first among equals."""
+    domains, add_up = _domains(layers)
+    begins = list(accumulate((layer.n for layer in layers), initial=0))
+    device = layers[0].entries.device
+    places = []
+    for members in domains:
+        own = [layers[index] for index in members]
+        starts = [begins[index] for index in members]
+        spared = None if aside is None else torch.cat([aside[i].to(device) for i in members])
+        places.append(
+            Scores(
+                [layer.entries for layer in own],
+                None if add_up is add_up_one else partial(_positions, own, starts),
+                None if spared is None else spared.nonzero().view(-1),
+                device,
+            )
+        )
+    selection = remove_lowest(places, count, add_up)
+    if len(places) == 1:
+        return Mask(selection.kept[0], selection.n_tied)
+    parts: list[Tensor] = [*layers[0].entries.new_empty(len(layers), 0)]
+    for members, kept in zip(domains, selection.kept, strict=True):
+        sizes = [layers[index].entries.numel() for index in members]
+        for index, part in zip(members, torch.split(kept, sizes), strict=True):
+            parts[index] = part
+    return Mask(torch.cat(parts), selection.n_tied)
+
+
+def _positions(layers: Sequence[_Layer], begins: Sequence[int], here: Tensor) -> Tensor:
+    """Positions among all entries of all layers, of positions among those of these layers here."""
+    sizes = [layer.entries.numel() for layer in layers]
+    ends = torch.tensor(list(accumulate(sizes, initial=0)), device=here.device)
+    cuts = torch.searchsorted(here, ends).tolist()
+    there = torch.empty_like(here)
+    for layer, begin, start, first, last in zip(
+        layers, begins, ends.tolist(), cuts, cuts[1:], strict=False
+    ):
+        if first < last:
+            within = here[first:last] - start
+            there[first:last] = begin + (layer.held.positions(within) if layer.held else within)
+    return there
 
 
 def mask_distance(a: Tensor, b: Tensor) -> float:
@@ -299,7 +388,8 @@ def push_mask_(window: Tensor, mask: Tensor) -> None:
     for row in range(window.shape[0] - 1, 0, -1):
         carried = window[row - 1] >> (_BITS - 1)
         window[row].bitwise_left_shift_(1).bitwise_or_(carried)
-    window[0].bitwise_left_shift_(1).bitwise_or_(mask)
+    for held, new in zip(_parts(window[0]), _parts(mask), strict=True):
+        held.bitwise_left_shift_(1).bitwise_or_(new.view(torch.uint8))
 
 
 def newest_mask(window: Tensor) -> Tensor:
@@ -325,10 +415,6 @@ def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
 
     .. math:: d_j = d(m_\mathrm{newest}, m_j) \quad \text{for each older mask } m_j
 
-    An entry's byte, flipped where the newest mask has a one, has a bit set for every older mask
-    that differs from the newest. How often each of the 256 bytes occurs gives all distances at
-    once.
-
     Args:
         window: What :func:`push_mask_` filled.
         n_held: How many masks it holds, the newest counted; at least 1.
@@ -344,16 +430,48 @@ def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
         >>> window_distances(window, n_held=3)
         (0.5, 1.0)
     """
-    n_entries = window.shape[1]
-    histograms = torch.zeros(len(window), 1 << _BITS, dtype=torch.int64, device=window.device)
-    for part in torch.split(window, _PART, dim=1):
-        flip = (part[0] & 1).neg_()  # 0 or, by wrapping around, 255
-        for histogram, row in zip(histograms, part, strict=True):
-            histogram += (row ^ flip).bincount(minlength=1 << _BITS)
-    patterns = torch.arange(1 << _BITS, device="cpu")
-    counts = [
-        int(histogram[(patterns >> bit) & 1 == 1].sum())
-        for histogram in histograms.cpu()
-        for bit in range(_BITS)
-    ]
-    return tuple(counts[age] / n_entries for age in range(n_held - 1, 0, -1))
+    return tuple(count / window.shape[1] for count in window_differences(window, n_held).tolist())
+
+
+def window_differences(window: Tensor, n_held: int) -> Tensor:
+    """On how many entries the newest mask differs from each older one, oldest first.
+
+    An entry's byte, flipped where the newest mask has a one, has a bit set for every older mask
+    that differs from the newest.
+
+    Args:
+        window: What :func:`push_mask_` filled, or some of its columns.
+        n_held: How many masks it holds, the newest counted; at least 1.
+
+    Returns:
+        int64 tensor of shape ``(n_held - 1,)``.
+
+    Example:
+        >>> window = new_window(2, window=5)
+        >>> for mask in ([True, False], [False, False], [True, True]):
+        ...     push_mask_(window, torch.tensor(mask))
+        >>> window_differences(window, n_held=3)
+        tensor([1, 2])
+    """
+    counts = []
+    for number, row in enumerate(window):
+        ages = range(max(1, number * _BITS), min(n_held, (number + 1) * _BITS))
+        if ages:
+            flipped = _flipped(window[0], row)
+            counts.append(count_bits(flipped, [age % _BITS for age in ages]))
+    if not counts:
+        return torch.zeros(0, dtype=torch.int64, device=window.device)
+    return torch.cat(counts).flip(0)
+
+
+def _flipped(newest: Tensor, row: Tensor) -> Iterator[Tensor]:
+    """The bytes of a row, part by part, with all bits flipped where the newest mask has a one."""
+    flip = newest.new_empty(min(_PART, len(newest)))
+    for first, part in zip(_parts(newest), _parts(row), strict=True):
+        out = flip[: len(part)]
+        # 0 or, by wrapping around, 255
+        yield torch.bitwise_and(first, 1, out=out).neg_().bitwise_xor_(part)
+
+
+def _parts(row: Tensor) -> Sequence[Tensor]:
+    return torch.split(row, _PART) if len(row) > _PART else (row,)

@@ -1,11 +1,21 @@
-"""The score of the last entry that a mask removes, exactly, without a sorted or even a flat copy.
+"""Which entries go: the lowest of many scores, exactly, without a sorted or even a flat copy.
 
-Scores are read chunk by chunk, so that all work on one stays in the processor's cache and what is
-needed beside the weights does not grow with them. A strided sample of the scores brackets the
-threshold; one pass counts what lies below the bracket and collects what lies inside; the threshold
-is among those. Where the sample misled, or half of all scores are equal, bisection over the bit
-patterns of floating point numbers finds it in as many passes as they have bits. Either way the
-result is exact: it does not depend on the sample.
+Magnitudes are compared as integers. The bit patterns of non-negative floating point numbers are in
+the order of the numbers, NaN above infinity, so that no number is lost to rounding, underflow or a
+mode of the processor. Most work is done on *coarse* keys, the pattern of a magnitude rounded to
+bfloat16: rounding keeps the order, two bytes are read faster than four, and a table has room for
+all of them.
+
+1. A sample of the coarse keys brackets the threshold.
+2. One pass keeps what lies above the bracket and notes where the few inside it are.
+3. A radix select among the exact keys of those gives the threshold, and another one among the
+   positions of those that equal it says which of them go.
+
+Where the sample misled, or a large share of all scores are (nearly) equal, more passes count what
+would be noted. Either way the result does not depend on the sample.
+
+Scores may lie in several places, see :class:`Scores`; what is decided is decided from counts, which
+``add_up`` adds over all of them.
 """
 
 from __future__ import annotations
@@ -13,230 +23,488 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Entries in a chunk: on the host what a core's cache holds; on a device few, large kernels. A sum
-# of that many ones is exact in single precision.
-_HOST_CHUNK = 1 << 17
+from torch_worm_optim.counting import count_bits
+
+# Entries in a chunk: on the host what lies in a processor's cache, on a device few, large kernels.
+_HOST_CHUNK = 3 << 18
 _DEVICE_CHUNK = 1 << 24
-# So many scores are ranked at once.
+# So many scores of one place are ranked at once.
 _FEW = 1 << 15
 # Scores in the sample, and how many standard deviations of its ranks lie on either side of it.
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 18
 _DEVIATIONS = 4.0
+# A bracket that holds more than this share of the sample is not worth noting one by one.
+_CROWDED = 1 / 16
+# Bits that a radix select looks at in a round, which sends 8 KiB of counts.
+_RADIX = 10
+
+_COARSE_INF = 0x7F80
+_WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+AddUp = Callable[[Sequence[Tensor]], Tensor]
 
 
 class NotFiniteError(ValueError):
     """A score is NaN or infinite, so that there is no ranking."""
 
 
-class Scores:
-    """Magnitudes of the entries of several tensors, one after the other, read chunk by chunk.
+class Selection(NamedTuple):
+    """What is left, and how far chance had a hand in it.
 
-    A chunk is the reader's to write into; the next one overwrites it.
+    Attributes:
+        kept: For each place a bool tensor of its scores, **True = kept**.
+        n_tied: How many scores equal the highest that was removed, if some of them were kept all
+            the same; else 0.
+    """
+
+    kept: list[Tensor]
+    n_tied: int
+
+
+class Scores:
+    """Magnitudes of the entries of several tensors, one after the other, as integer keys.
 
     Args:
-        entries: Tensors of any shapes, strides, floating or complex dtypes and devices.
-        aside: Positions that count as infinite, sorted, on the first tensor's device.
+        entries: Tensors of any shapes, strides, floating or complex dtypes and devices; none for a
+            place that holds nothing.
+        positions: Turns positions here, an int64 tensor, into positions among the scores of all
+            places, in the same order (default: these are all).
+        aside: Positions here that are kept whatever their score, sorted.
+        device: Where keys are made and masks lie (default: the first tensor's).
 
     Example:
         >>> scores = Scores([torch.tensor([-2.0, 1.0]), torch.ones(1, 2)])
-        >>> [(start, chunk) for start, chunk in scores]
-        [(0, tensor([2., 1., 1., 1.]))]
+        >>> [(start, keys.tolist()) for start, keys in scores.chunks(torch.bfloat16)]
+        [(0, [16384, 16256, 16256, 16256])]
     """
 
-    def __init__(self, entries: Sequence[Tensor], aside: Tensor | None = None) -> None:
-        self.entries = [tensor.detach() for tensor in entries]
+    def __init__(
+        self,
+        entries: Sequence[Tensor],
+        positions: Callable[[Tensor], Tensor] | None = None,
+        aside: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.entries = entries
+        self.positions = positions or (lambda here: here)
         self.aside = aside
-        self.device = self.entries[0].device
-        self.n = sum(tensor.numel() for tensor in self.entries)
-        real = [t.dtype.to_real() if t.is_complex() else t.dtype for t in self.entries]
-        # Scores of half precision compare as they are in single precision, at full speed.
-        self.dtype = torch.float64 if torch.float64 in real else torch.float32
+        self.device = device or self.entries[0].device
+        self.ends = [0, *accumulate(tensor.numel() for tensor in self.entries)]
+        self.n = self.ends[-1]
+        self.wide = any(t.dtype in (torch.float64, torch.complex128) for t in self.entries)
         self.size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """The position of each chunk, and its scores."""
-        buffer = torch.empty(min(self.size, self.n), dtype=self.dtype, device=self.device)
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """The position of each chunk, and its keys; the next chunk overwrites them.
+
+        Args:
+            dtype: bfloat16 for coarse keys, for exact ones the widest that is ranked.
+        """
+        buffer = torch.empty(min(self.size, self.n), dtype=dtype, device=self.device)
         start = filled = 0
-        for piece in self._pieces():
-            if filled + piece.numel() > len(buffer):
-                yield start, self._finish(start, buffer[:filled])
-                start, filled = start + filled, 0
-            place = buffer[filled : filled + piece.numel()]
-            if piece.is_complex():
-                place.copy_(piece.abs().flatten())
-            elif (
-                piece.dtype == self.dtype and piece.is_contiguous() and piece.device == self.device
-            ):
-                torch.abs(piece.view(-1), out=place)
-            else:
-                place.view(piece.shape).copy_(piece)
-                place.abs_()
-            filled += piece.numel()
+        for tensor in self.entries:
+            for piece in [tensor.view(-1)] if tensor.is_contiguous() else self._pieces(tensor):
+                while piece.numel():
+                    room = len(buffer) - filled
+                    if room < piece.numel() and (room == 0 or not piece.is_contiguous()):
+                        yield start, self._finish(start, buffer[:filled])
+                        start, filled, room = start + filled, 0, len(buffer)
+                    part, piece = (
+                        (piece, piece[:0]) if piece.ndim > 1 else (piece[:room], piece[room:])
+                    )
+                    place = buffer[filled : filled + part.numel()].view(part.shape)
+                    place.copy_(part.abs() if part.is_complex() else part)
+                    filled += part.numel()
         if filled:
             yield start, self._finish(start, buffer[:filled])
 
-    def _pieces(self) -> Iterator[Tensor]:
-        """The tensors, cut along their leading dimensions where they are larger than a chunk."""
-        for tensor in self.entries:
-            if tensor.is_contiguous():
-                yield from torch.split(tensor.view(-1), self.size) if tensor.numel() else ()
-                continue
-            stack = [tensor]
-            while stack:
-                part = stack.pop()
-                if part.numel() > self.size:
-                    rows = max(1, self.size // max(1, part[0].numel()))
-                    parts = torch.split(part, rows) if len(part) > 1 else (part[0],)
-                    stack.extend(reversed(parts))
-                elif part.numel():
-                    yield part
+    def _pieces(self, tensor: Tensor) -> Iterator[Tensor]:
+        """A strided tensor, cut along its leading dimensions until each piece fits into a chunk."""
+        stack = [tensor]
+        while stack:
+            part = stack.pop()
+            if part.numel() > self.size:
+                rows = max(1, self.size // max(1, part[0].numel()))
+                parts = torch.split(part, rows) if len(part) > 1 else (part[0],)
+                stack.extend(reversed(parts))
+            elif part.numel():
+                yield part
 
-    def _finish(self, start: int, scores: Tensor) -> Tensor:
+    def _finish(self, start: int, magnitudes: Tensor) -> Tensor:
+        keys = _keys_(magnitudes)
         if self.aside is not None:
-            ends = torch.tensor([start, start + len(scores)], device=self.aside.device)
+            ends = torch.tensor([start, start + len(keys)], device=self.aside.device)
             first, last = torch.searchsorted(self.aside, ends).tolist()
-            scores[self.aside[first:last] - start] = math.inf
-        return scores
+            keys[self.aside[first:last] - start] = torch.iinfo(keys.dtype).max
+        return keys
 
-    def sample(self) -> Tensor:
-        """Some ``_SAMPLE`` of the scores, at equal distances."""
-        stride = max(1, self.n // _SAMPLE) | 1  # odd, so that it wanders over rows and columns
+    def all_keys(self, dtype: torch.dtype) -> Tensor:
+        """All keys at once, for few scores.
+
+        Args:
+            dtype: As in :meth:`chunks`.
+        """
+        flat = [each.reshape(-1) for each in self.entries]
+        if any(each.dtype != dtype or each.device != self.device for each in flat):
+            flat = [
+                (each.abs() if each.is_complex() else each).to(self.device, dtype) for each in flat
+            ]
+        return self._finish(0, torch.cat(flat) if len(flat) > 1 else flat[0].clone())
+
+    def keys_at(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """The keys of single scores.
+
+        Args:
+            positions: Positions here, sorted, an int64 tensor.
+            dtype: As in :meth:`chunks`.
+        """
+        bounds = torch.tensor(self.ends, device=positions.device)
+        cuts = torch.searchsorted(positions, bounds).tolist()
+        keys = torch.empty(len(positions), dtype=dtype, device=self.device)
+        for tensor, begin, first, last in zip(
+            self.entries, self.ends, cuts, cuts[1:], strict=False
+        ):
+            if first < last:
+                keys[first:last].copy_(_at(tensor, positions[first:last] - begin))
+        return _keys_(keys)
+
+    def sample(self, stride: int, dtype: torch.dtype) -> Tensor:
+        """The keys of every ``stride``-th score, those set aside among them.
+
+        Args:
+            stride: At least 1.
+            dtype: As in :meth:`chunks`.
+        """
         sampled = []
-        ends = [0, *accumulate(tensor.numel() for tensor in self.entries)]
-        for tensor, begin in zip(self.entries, ends, strict=False):
+        for tensor, begin in zip(self.entries, self.ends, strict=False):
             offset = min(-begin % stride, tensor.numel())
             if tensor.is_contiguous():
                 picked = tensor.view(-1)[offset::stride]
             else:
                 positions = torch.arange(offset, tensor.numel(), stride, device=tensor.device)
-                picked = tensor[torch.unravel_index(positions, tensor.shape)]
-            wide = picked if picked.is_complex() else picked.to(self.dtype)
-            sampled.append(wide.abs().to(self.device, self.dtype))
-        return torch.cat(sampled)
-
-    def count_equal(self, value: float) -> int:
-        """How many scores are ``value``."""
-        return self._count(torch.eq, value)
-
-    def count_below(self, value: float) -> int:
-        """How many scores are smaller than ``value``."""
-        return self._count(torch.lt, value)
-
-    def count_at_most(self, value: float) -> int:
-        """How many scores are no larger than ``value``."""
-        return self._count(torch.le, value)
-
-    def _count(self, compare: Callable[..., Tensor], value: float) -> int:
-        return total([compare(chunk, value, out=chunk).sum() for _, chunk in self])
+                picked = _at(tensor, positions)
+            picked = picked.abs() if picked.is_complex() else picked
+            sampled.append(picked.to(self.device, dtype, copy=True))
+        return _keys_(torch.cat([torch.empty(0, dtype=dtype, device=self.device), *sampled]))
 
 
-def total(counts: list[Tensor]) -> int:
-    """The sum of counts that are exact one by one; the device is waited for once.
+def _at(tensor: Tensor, positions: Tensor) -> Tensor:
+    """The entries at flat positions; magnitudes where the tensor is complex."""
+    positions = positions.to(tensor.device)
+    if tensor.is_contiguous():
+        picked = tensor.view(-1).index_select(0, positions)
+    else:
+        picked = tensor[torch.unravel_index(positions, tensor.shape)]
+    return picked.abs() if picked.is_complex() else picked
+
+
+def _keys_(magnitudes: Tensor) -> Tensor:
+    """The bit patterns of numbers without their signs, in the memory of the numbers."""
+    keys = magnitudes.view(_WHOLE[magnitudes.dtype])
+    return keys.bitwise_and_(torch.iinfo(keys.dtype).max)
+
+
+def _exact(places: Sequence[Scores]) -> torch.dtype:
+    """The type of exact keys. Half precision ranks as it is in single precision."""
+    return torch.float64 if any(scores.wide for scores in places) else torch.float32
+
+
+def _nowhere(scores: Scores) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=scores.device)
+
+
+def _stride(n: int) -> int:
+    return max(1, n // _SAMPLE) | 1  # odd, so that it wanders over rows and columns
+
+
+def add_up_one(counts: Sequence[Tensor]) -> Tensor:
+    """What ``add_up`` is where there is one place."""
+    [count] = counts
+    return count
+
+
+def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_one) -> Selection:
+    """Remove the ``count`` lowest scores that are not set aside, the earlier first among equals.
 
     Args:
-        counts: Scalars on one device.
+        places: All scores, each in one place.
+        count: How many go; at most as many as there are without those set aside.
+        add_up: Adds int64 counts, one for each place, of one shape.
 
     Returns:
-        Their sum, 0 for none.
-    """
-    return int(torch.stack(counts).sum(dtype=torch.float64)) if counts else 0
-
-
-def find_threshold(scores: Scores, count: int) -> float:
-    """The ``count``-th lowest score.
-
-    Args:
-        scores: Finite scores, except those set aside.
-        count: From 1 to the number of finite scores.
-
-    Returns:
-        The score, exactly, as a Python float.
+        The :class:`Selection`.
 
     Raises:
         NotFiniteError: If a score is NaN or infinite.
 
     Example:
-        >>> find_threshold(Scores([torch.tensor([0.3, -0.1, 0.2])]), 2) == torch.tensor(0.2)
-        tensor(True)
+        >>> remove_lowest([Scores([torch.tensor([0.3, -0.1, 0.1])])], 1)
+        Selection(kept=[tensor([ True, False,  True])], n_tied=2)
     """
-    if scores.n <= _FEW:
-        [(_, all_scores)] = scores
-        _check_finite([all_scores.amax()], scores)
-        return float(all_scores.kthvalue(count).values)
-    low, high = _bracket(scores.sample(), count / scores.n)
-    highest, n_low, inside = [], [], []
-    # Comparisons that write numbers run at the speed of arithmetic; those that write bools do not.
-    room = torch.empty(2, min(scores.n, scores.size), dtype=scores.dtype, device=scores.device)
-    for _, chunk in scores:
-        at_most_low, between = room[0, : len(chunk)], room[1, : len(chunk)]
-        torch.le(chunk, low, out=at_most_low)
-        torch.lt(chunk, high, out=between).sub_(at_most_low)
-        highest.append(chunk.amax())
-        n_low.append(at_most_low.sum())
-        if low < high:
-            inside.append(_compressed(chunk, between.bool()))
-    _check_finite(highest, scores)
-    n_at_most_low, candidates = total(n_low), torch.cat(inside) if inside else chunk[:0]
-    n_below_high = n_at_most_low + len(candidates)
-    if n_at_most_low < count <= n_below_high and len(candidates) < scores.n:
-        return find_threshold(Scores([candidates]), count - n_at_most_low)
-    # It is one of the ends, where many scores are equal, or else the sample misled.
-    if scores.count_below(low) < count <= n_at_most_low:
-        return low
-    if n_below_high < count <= scores.count_at_most(high):
-        return high
-    return _bisect(scores, count)
+    if count == 0:
+        highest = [
+            max((int(k.amax()) for _, k in s.chunks(torch.bfloat16)), default=0) for s in places
+        ]
+        _check_finite(places, highest, add_up)
+        return Selection([_all_kept(scores) for scores in places], 0)
+    if add_up is add_up_one and places[0].n <= _FEW:
+        return _remove_lowest_of_few(places[0], count)
+    bracket = _bracket(places, count, add_up)
+    if bracket is None:
+        return _remove_by_counting(places, count, add_up)
+    passed = [_split(scores, *bracket) for scores in places]
+    _check_finite(places, [each.highest for each in passed], add_up)
+    n, n_above, n_inside = _numbers(
+        [
+            [scores.n, each.n_above, len(each.inside)]
+            for scores, each in zip(places, passed, strict=True)
+        ],
+        places,
+        add_up,
+    )
+    rank = count - (n - n_above - n_inside)
+    if not 0 < rank <= n_inside:
+        return _remove_by_counting(places, count, add_up)
+    exact = _exact(places)
+    keys = [scores.keys_at(each.inside, exact) for scores, each in zip(places, passed, strict=True)]
+    threshold, n_lost, n_equal = _radix_select(keys, rank, add_up, _exact_range(*bracket, exact))
+    equal = [each.inside[own == threshold] for each, own in zip(passed, keys, strict=True)]
+    spared = _spared(places, equal, n_lost, n_equal, n, add_up)
+    for each, own, rest in zip(passed, keys, spared, strict=True):
+        each.kept[each.inside[own > threshold]] = True
+        each.kept[rest] = True
+    n_tied = _count_ties(places, threshold, n_lost, n_equal, add_up)
+    return Selection([each.kept for each in passed], n_tied)
 
 
-def check_finite(scores: Scores) -> None:
-    """Raise :class:`NotFiniteError` if a score is NaN or infinite.
-
-    Args:
-        scores: Any scores.
-    """
-    _check_finite([chunk.amax() for _, chunk in scores], scores)
+def _all_kept(scores: Scores) -> Tensor:
+    return torch.ones(scores.n, dtype=torch.bool, device=scores.device)
 
 
-def _check_finite(highest: list[Tensor], scores: Scores) -> None:
-    # max() hands NaN on, so that one number tells of both faults. What is set aside is infinite,
-    # and was looked at before.
-    if scores.aside is None and highest and not torch.stack(highest).amax().isfinite():
+def _numbers(rows: Sequence[Sequence[int]], places: Sequence[Scores], add_up: AddUp) -> list[int]:
+    """Numbers known on the host, added over all places."""
+    counts = [torch.tensor(row, device=s.device) for row, s in zip(rows, places, strict=True)]
+    summed: list[int] = add_up(counts).tolist()
+    return summed
+
+
+def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddUp) -> None:
+    """Raise if a coarse key is that of no number; a number may have been rounded up to infinity."""
+    suspects = [[int(high >= _COARSE_INF)] for high in highest]
+    if not _numbers(suspects, places, add_up)[0]:
+        return
+    bad, exact = [], _exact(places)
+    for scores, (suspect,) in zip(places, suspects, strict=True):
+        n_bad = 0
+        if suspect:
+            infinity = _key_of(math.inf, exact)
+            plain = Scores(scores.entries, device=scores.device)  # what is set aside is infinite
+            n_bad = sum(int((keys >= infinity).sum()) for _, keys in plain.chunks(exact))
+        bad.append([n_bad])
+    if _numbers(bad, places, add_up)[0]:
         raise NotFiniteError
 
 
-def _bracket(sample: Tensor, share: float) -> tuple[float, float]:
-    """Two scores of a sample that most likely hold the threshold between them."""
-    n = len(sample)
-    spread = _DEVIATIONS * math.sqrt(n * share * (1 - share)) + 2
-    low, high = math.floor(share * n - spread), math.ceil(share * n + spread)
-    return (
-        float(sample.kthvalue(low + 1).values) if low >= 0 else -1.0,
-        float(sample.kthvalue(high + 1).values) if high < n else math.inf,
-    )
+def _key_of(number: float, dtype: torch.dtype) -> int:
+    return int(torch.tensor(number, dtype=dtype, device="cpu").view(_WHOLE[dtype]))
 
 
-def _compressed(values: Tensor, chosen: Tensor) -> Tensor:
-    """``values[chosen]``, made for few among many: groups of eight without any are passed over."""
-    n = len(values) // 8 * 8
-    groups = chosen[:n].view(torch.int64).nonzero().flatten()
-    some, among = values[:n].view(-1, 8)[groups], chosen[:n].view(-1, 8)[groups]
-    return torch.cat([some[among], values[n:][chosen[n:]]])
+def _remove_lowest_of_few(scores: Scores, count: int) -> Selection:
+    exact = _exact([scores])
+    keys = scores.all_keys(exact)
+    highest = keys.amax() if scores.aside is None else 0
+    threshold = keys.kthvalue(count).values
+    kept = keys > threshold
+    top, n_kept = torch.stack([torch.as_tensor(highest), kept.sum()]).tolist()
+    if top >= _key_of(math.inf, exact):
+        raise NotFiniteError
+    if scores.n - count == n_kept and scores.aside is None:
+        return Selection([kept], 0)
+    equal = (keys == threshold).nonzero().flatten()
+    n_lost = count - (scores.n - n_kept - len(equal))
+    kept[equal[n_lost:]] = True
+    n_tied = _count_ties([scores], int(threshold), n_lost, len(equal), add_up_one)
+    return Selection([kept], n_tied)
 
 
-def _bisect(scores: Scores, count: int) -> float:
-    """The smallest number that ``count`` scores do not exceed, bit by bit."""
-    whole = torch.int32 if scores.dtype == torch.float32 else torch.int64
-    # The bit patterns of non-negative floating point numbers are in the order of the numbers.
-    low, high = 0, int(torch.tensor(math.inf, dtype=scores.dtype, device="cpu").view(whole))
+def _count_ties(
+    places: Sequence[Scores], threshold: int, n_lost: int, n_equal: int, add_up: AddUp
+) -> int:
+    """How many equal the threshold, those set aside included, if some of them are kept."""
+    n_tied = n_equal
+    if any(scores.aside is not None for scores in places):
+        everything = [Scores(scores.entries, device=scores.device) for scores in places]
+        n_tied = _count(everything, torch.eq, threshold, add_up)
+    return n_tied if n_tied > n_lost else 0
+
+
+def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, int] | None:
+    """Two coarse keys that most likely have the threshold between them; None if all do."""
+    [n] = _numbers([[scores.n] for scores in places], places, add_up)
+    tables = [
+        scores.sample(_stride(n), torch.bfloat16).int().bincount(minlength=1 << 15)
+        for scores in places
+    ]
+    ranks = add_up(tables).cumsum(0).cpu()
+    n_sampled = int(ranks[-1])
+    share = count / n
+    spread = _DEVIATIONS * math.sqrt(n_sampled * share * (1 - share)) + 2
+    wanted = torch.tensor([share * n_sampled - spread, share * n_sampled + spread])
+    low, high = torch.searchsorted(ranks.float(), wanted, right=False).tolist()
+    high = min(high, _COARSE_INF)
+    if int(ranks[high]) - (int(ranks[low - 1]) if low else 0) > n_sampled * _CROWDED + 64:
+        return None
+    return low, high
+
+
+def _exact_range(low: int, high: int, exact: torch.dtype) -> tuple[int, int]:
+    """Exact keys between which all are that round to one of these coarse keys."""
+    around = torch.tensor([max(0, low - 1), min(_COARSE_INF, high + 1)], dtype=torch.int16)
+    first, last = around.view(torch.bfloat16).to(exact).view(_WHOLE[exact]).tolist()
+    return first, last
+
+
+class _Split(NamedTuple):
+    """A pass over one place: what lies above a bracket, and where the others inside it are."""
+
+    kept: Tensor
+    inside: Tensor
+    n_above: int
+    highest: int
+
+
+def _split(scores: Scores, low: int, high: int) -> _Split:
+    kept = torch.empty(scores.n, dtype=torch.bool, device=scores.device)
+    # A whole number of words, so that eight flags can be looked at as one.
+    room = min(scores.size, -(-scores.n // 8) * 8)
+    compared = torch.empty(room, dtype=torch.int16, device=scores.device)
+    within = torch.zeros(room, dtype=torch.bool, device=scores.device)
+    highest, inside = [_nowhere(scores).new_zeros(1)], [_nowhere(scores)]
+    for start, keys in scores.chunks(torch.bfloat16):
+        m = len(keys)
+        above, flags = kept[start : start + m], within[:m]
+        within[m:] = False
+        highest.append(keys.amax().long().view(1))
+        # Comparisons that write numbers are as fast as arithmetic, those that write bools are not.
+        above.copy_(torch.gt(keys, high, out=compared[:m]))
+        flags.copy_(torch.ge(keys, low, out=keys))
+        flags.view(torch.uint8).bitwise_xor_(above.view(torch.uint8))
+        inside.append(_where(within).add_(start))
+    n_above = count_bits(torch.split(kept.view(torch.uint8), scores.size), [0])
+    numbers = torch.cat([n_above, torch.cat(highest).amax().view(1)]).tolist()
+    return _Split(kept, torch.cat(inside), *numbers)
+
+
+def _where(flags: Tensor) -> Tensor:
+    """Where flags are set, made for few among many: eight at a time are looked at."""
+    words = flags.view(torch.int64).nonzero().view(-1)
+    some = flags.view(torch.int64).index_select(0, words).view(torch.bool).nonzero().view(-1)
+    return words.index_select(0, some >> 3).mul_(8).add_(some.bitwise_and_(7))
+
+
+def _radix_select(
+    keys: Sequence[Tensor], rank: int, add_up: AddUp, bounds: tuple[int, int]
+) -> tuple[int, int, int]:
+    """The ``rank``-th lowest key, its rank among its equals, and how many there are.
+
+    Bits are looked at from the highest on; each round counts the keys by the next few, and goes on
+    with those that have the ones that the rank falls on.
+    """
+    lowest, highest = bounds
+    n_bits = max(1, (highest - lowest).bit_length())
+    keys = [each - lowest for each in keys]
+    prefix = 0
+    while True:
+        width = min(_RADIX, n_bits)
+        n_bits -= width
+        tables = [
+            (each >> n_bits).sub_(prefix << width).int().bincount(minlength=1 << width)
+            for each in keys
+        ]
+        ends = [0, *add_up(tables).cumsum(0).tolist()]
+        digit = next(i for i, end in enumerate(ends[1:]) if end >= rank)
+        prefix = prefix << width | digit
+        rank -= ends[digit]
+        if n_bits == 0:
+            return lowest + prefix, rank, ends[digit + 1] - ends[digit]
+        keys = [each[(each >> n_bits) == prefix] for each in keys]
+
+
+def _spared(
+    places: Sequence[Scores],
+    equal: Sequence[Tensor],
+    n_lost: int,
+    n_equal: int,
+    n: int,
+    add_up: AddUp,
+) -> list[Tensor]:
+    """Of positions in each place those that stay, when the first ``n_lost`` over all places go."""
+    if n_lost == n_equal:
+        return [each[:0] for each in equal]
+    if add_up is add_up_one:
+        return [equal[0][n_lost:]]
+    everywhere = [s.positions(each) for s, each in zip(places, equal, strict=True)]
+    last, _, _ = _radix_select(everywhere, n_lost, add_up, (0, n - 1))
+    return [each[where > last] for each, where in zip(equal, everywhere, strict=True)]
+
+
+def _remove_by_counting(places: Sequence[Scores], count: int, add_up: AddUp) -> Selection:
+    """As :func:`remove_lowest`, by passes that count."""
+    exact = _exact(places)
+    [n] = _numbers([[scores.n] for scores in places], places, add_up)
+    threshold = _guess(places, count, n, add_up)
+    n_below = _count(places, torch.lt, threshold, add_up)
+    if not n_below < count <= _count(places, torch.le, threshold, add_up):
+        threshold = _bisect(places, count, add_up)
+        n_below = _count(places, torch.lt, threshold, add_up)
+    n_equal = _count(places, torch.eq, threshold, add_up)
+    kept, equal = [], []
+    for scores in places:
+        own, found = _all_kept(scores), [_nowhere(scores)]
+        for start, keys in scores.chunks(exact):
+            own[start : start + len(keys)].copy_(keys > threshold)
+            found.append((keys == threshold).nonzero().view(-1) + start)
+        kept.append(own)
+        equal.append(torch.cat(found))
+    n_lost = count - n_below
+    for own, rest in zip(kept, _spared(places, equal, n_lost, n_equal, n, add_up), strict=True):
+        own[rest] = True
+    return Selection(kept, _count_ties(places, threshold, n_lost, n_equal, add_up))
+
+
+def _guess(places: Sequence[Scores], count: int, n: int, add_up: AddUp) -> int:
+    """The key of that rank in a sample: if one score is very common, most likely the threshold."""
+    sampled = [scores.sample(_stride(n), _exact(places)) for scores in places]
+    [n_sampled] = _numbers([[len(each)] for each in sampled], places, add_up)
+    rank = min(max(1, round(count / n * n_sampled)), n_sampled)
+    return _radix_select(sampled, rank, add_up, (0, torch.iinfo(_WHOLE[_exact(places)]).max))[0]
+
+
+def _bisect(places: Sequence[Scores], count: int, add_up: AddUp) -> int:
+    """The lowest key that ``count`` scores do not exceed, bit by bit."""
+    low, high = 0, torch.iinfo(_WHOLE[_exact(places)]).max
     while low < high:
         middle = (low + high) // 2
-        value = torch.tensor(middle, dtype=whole, device="cpu").view(scores.dtype).item()
-        if scores.count_at_most(value) >= count:
+        if _count(places, torch.le, middle, add_up) >= count:
             high = middle
         else:
             low = middle + 1
-    return torch.tensor(low, dtype=whole, device="cpu").view(scores.dtype).item()
+    return low
+
+
+def _count(
+    places: Sequence[Scores], compare: Callable[..., Tensor], key: int, add_up: AddUp
+) -> int:
+    """How many exact keys compare so with a key."""
+    counts = []
+    for scores in places:
+        own = torch.zeros(1, dtype=torch.int64, device=scores.device)
+        for _, keys in scores.chunks(_exact(places)):
+            own += compare(keys, key).count_nonzero()
+        counts.append(own)
+    return int(add_up(counts))

@@ -1,0 +1,72 @@
+"""Counting set bits in bytes, eight bytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_BYTES = 8
+# The lowest bit of each byte of a word: eight lanes, each of which can count to 255.
+_LANES = 0x0101010101010101
+# Words that are added in one lane: 240 of the lowest bit, 15 of bit 4, and 240 / 2 ** i of bit i.
+_ROWS = 240
+# So few words are not worth the trouble.
+_FEW = 16 * _ROWS
+# Bits above this one are moved down before they are added: too few would fill a lane.
+_HIGHEST = 4
+
+
+def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
+    """For each of some bits, how many bytes have it set.
+
+    Eight bytes are added as one word, each in a lane of its own, and as many words as no lane
+    overflows from. Adding flags one by one takes ten times as long on a processor.
+
+    Args:
+        parts: uint8 tensors of shape ``(n,)``, contiguous, on one device; each may be overwritten
+            when the next one is asked for. At least one.
+        bits: Which bits, each from 0, the lowest, to 7.
+
+    Returns:
+        int64 tensor of shape ``(len(bits),)``.
+
+    Example:
+        >>> count_bits([torch.tensor([1, 2, 3], dtype=torch.uint8)], [0, 1])
+        tensor([2, 2])
+    """
+    sums: list[list[Tensor]] = [[] for _ in bits]
+    singles: list[Tensor] = []
+    room = None
+    for values in parts:
+        start = -values.storage_offset() % _BYTES  # words must lie at whole words
+        n_words = max(0, len(values) - start) // (_ROWS * _BYTES) * _ROWS
+        end = start + n_words * _BYTES
+        if n_words < _FEW:
+            singles.append(_count_one_by_one(values, bits))
+            continue
+        for rest in (values[:start], values[end:]):
+            if len(rest):
+                singles.append(_count_one_by_one(rest, bits))
+        words = values[start:end].view(torch.int64)
+        if room is None or len(room) < n_words:
+            room = torch.empty_like(words)
+        lanes = room[:n_words]
+        for lane_sums, bit in zip(sums, bits, strict=True):
+            if bit > _HIGHEST:
+                torch.bitwise_right_shift(words, bit, out=lanes).bitwise_and_(_LANES)
+                lane_sums.append(lanes.view(_ROWS, -1).sum(0))
+            else:
+                torch.bitwise_and(words, _LANES << bit, out=lanes)
+                lane_sums.append(lanes.view(_ROWS >> bit, -1).sum(0))
+    if room is not None:
+        added = [torch.cat(each).view(torch.uint8).sum(dtype=torch.int64) for each in sums]
+        places = [0 if bit > _HIGHEST else bit for bit in bits]
+        singles.append(torch.stack([n >> p for n, p in zip(added, places, strict=True)]))
+    return singles[0] if len(singles) == 1 else torch.stack(singles).sum(0)
+
+
+def _count_one_by_one(values: Tensor, bits: Sequence[int]) -> Tensor:
+    places = torch.tensor(bits, dtype=torch.uint8, device=values.device)
+    return (values >> places[:, None]).bitwise_and_(1).sum(1)
