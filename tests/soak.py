@@ -12,6 +12,7 @@ steps. At the end weights, masks, history and the optimizer's state must be equa
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -162,7 +163,7 @@ def main() -> None:
     if place:
         sys.exit(f"After {kills} kills the runs differ at {place}.")
     record = a["opt"]["param_groups"][0]["worm"]
-    phases = [sample[-1] for sample in record["history"]]
+    phases = [sample[-1] for sample in json.loads(record["history"])]
     print(
         f"{args.steps} steps, {record['step']} of them taken, {len(phases)} masks, "
         f"{'pruned' if record['pruned'] else phases[-1]}, {kills} kills: equal bit for bit"

@@ -113,3 +113,9 @@ def train_by_hand(
             drawn.append(reference_mask(scores, prune_ratio, "global", 1))
             results = reference_search(drawn, **rule)
     return results
+
+
+def window_of(state_dict: dict[str, object]) -> Tensor:
+    """The window in what an optimizer's ``state_dict()`` returned, as one tensor; a copy."""
+    packed = state_dict["param_groups"][0]["worm"]["window"]
+    return torch.cat([row.flatten() for rows in packed.values() for row in rows])

@@ -1,14 +1,17 @@
 """The search as plain data inside an optimizer's ``state_dict``, and back, checked.
 
-The record holds numbers, strings, lists and one tensor, so that ``torch.load(weights_only=True)``
-reads it. It travels in the first parameter group: ``state`` and ``param_groups`` are all that
-checkpointers carry. Live groups hold its key with None, since checkpointers load into the structure
-that they find and drop a key that is not there.
+The record holds numbers, strings and tensors, so that ``torch.load(weights_only=True)`` reads it.
+What has a varying number of parts is one string, of JSON: checkpointers that take containers apart
+know only the parts that the live optimizer has, and lose those that are empty. The record travels
+in the first parameter group: ``state`` and ``param_groups`` are all that checkpointers carry. Live
+groups hold its key with None, since checkpointers load into the structure that they find and drop a
+key that is not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch_worm_optim.search import MaskSample, Phase
 
 RECORD_KEY = "worm"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -38,14 +41,18 @@ class SearchRecord:
 
 
 def with_record(
-    state_dict: dict[str, Any], search: SearchRecord, identity: dict[str, Any]
+    state_dict: dict[str, Any],
+    search: SearchRecord,
+    identity: dict[str, Any],
+    window: dict[str, list[Tensor]],
 ) -> dict[str, Any]:
     """The base optimizer's ``state_dict`` with the search put into its first parameter group.
 
     Args:
         state_dict: What the base optimizer's ``state_dict()`` returned; not modified.
-        search: The search to save; its window is copied, since later masks are written into it.
+        search: The search to save, but for its window.
         identity: What the masks depend on, to be compared when the record is read.
+        window: The masks held, in a form that does not depend on how many ranks there are.
 
     Returns:
         A new dict of the same form.
@@ -55,18 +62,20 @@ def with_record(
         "version": _VERSION,
         "step": search.step,
         "pruned": search.pruned,
-        "history": [
+        "history": json.dumps(
             [
-                sample.step,
-                list(sample.distances),
-                sample.max_distance,
-                sample.mean_distance,
-                sample.phase.value,
+                [
+                    sample.step,
+                    list(sample.distances),
+                    sample.max_distance,
+                    sample.mean_distance,
+                    sample.phase.value,
+                ]
+                for sample in search.history
             ]
-            for sample in search.history
-        ],
-        "window": search.window.clone(),
-        "identity": identity,
+        ),
+        "window": window,
+        "identity": json.dumps(identity),
     }
     return {**state_dict, "param_groups": groups}
 
@@ -99,15 +108,19 @@ def without_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def read_record(
-    record: Any, *, identity: dict[str, Any], window: Tensor, n_held: int
+    record: Any,
+    *,
+    identity: dict[str, Any],
+    n_held: int,
+    unpack: Callable[[Any], Tensor],
 ) -> SearchRecord:
     """The search in a record, checked whole, so that a bad one changes nothing.
 
     Args:
         record: What :func:`without_record` found.
         identity: What the masks depend on here; the record's must be equal.
-        window: The window that the masks will be copied into.
-        n_held: How many masks it holds when full.
+        n_held: How many masks the window holds when full.
+        unpack: Makes the window of what was saved as such, or raises ``ValueError``.
 
     Returns:
         The search as it was saved.
@@ -128,35 +141,32 @@ def read_record(
             f"The checkpoint's record of the search has version {record['version']}, this release "
             f"reads {_VERSION}. Install the release of torch_worm_optim that wrote it."
         )
-    for key, here in identity.items():
-        saved = dict(record["identity"] or {}).get(key)
+    try:
+        saved_identity, rows = json.loads(record["identity"]), json.loads(record["history"])
+        step = int(record["step"])
+        history = [
+            MaskSample(int(step), tuple(distances), largest, mean, Phase(phase))
+            for step, distances, largest, mean, phase in rows
+        ]
+        saved_identity = dict(saved_identity)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint's record of the search cannot be read ({error}): load an earlier "
+            "checkpoint."
+        ) from error
+    for key, here in json.loads(json.dumps(identity)).items():
+        saved = saved_identity.get(key)
         if saved != here:
             raise ValueError(
                 f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, here "
                 f"it is {_brief(here)}. Build the model and WormOptimizer as they were when it "
                 "was saved."
             )
-    if not isinstance(record["window"], Tensor) or record["window"].shape != window.shape:
-        raise ValueError(
-            f"The checkpoint's window of masks is not a tensor of shape {tuple(window.shape)}: it "
-            "is truncated or for another model. Load an earlier checkpoint."
-        )
-    try:
-        step = int(record["step"])
-        history = [
-            MaskSample(int(step), tuple(distances), largest, mean, Phase(phase))
-            for step, distances, largest, mean, phase in record["history"]
-        ]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The checkpoint's history of masks cannot be read ({error}): load an earlier "
-            "checkpoint."
-        ) from error
     if any(len(sample.distances) not in (0, n_held - 1) for sample in history):
         raise ValueError(
             "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
         )
-    return SearchRecord(step, bool(record["pruned"]), history, record["window"])
+    return SearchRecord(step, bool(record["pruned"]), history, unpack(record["window"]))
 
 
 def _brief(value: object) -> str:

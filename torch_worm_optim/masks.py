@@ -236,12 +236,12 @@ def _global_mask(layers: list[_Layer], prune_ratio: float, min_keep: int) -> Mas
 def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     """Whether each layer keeps at least so many of its entries."""
     sizes = [layer.entries.numel() for layer in layers]
-    domains, add_up = _domains(layers)
+    domains, add_up = _domains([layer.held for layer in layers])
     # Most often a glance at the first few of each is enough to know.
     for at_most in sorted({_GLANCE, max(_GLANCE, *sizes)}):
         if kept.numel() <= at_most:  # few in all
-            up_to = nn.functional.pad(kept.cumsum(0), (1, 0))
-            counts = up_to[list(accumulate(sizes, initial=0))].diff()
+            ends = torch.tensor(list(accumulate(sizes, initial=0)), device=kept.device)
+            counts = nn.functional.pad(kept.cumsum(0), (1, 0))[ends].diff()
         else:
             parts = torch.split(kept, sizes)
             counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
@@ -256,14 +256,14 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     return False
 
 
-def _domains(layers: Sequence[_Layer]) -> tuple[list[list[int]], AddUp]:
-    """The layers that are spread over the same ranks together, and what adds up counts of each."""
-    if all(layer.held is None for layer in layers):
-        return [list(range(len(layers)))], add_up_one
+def _domains(shares: Sequence[Held | None]) -> tuple[list[list[int]], AddUp]:
+    """Which are spread over the same ranks, by index, and what adds up a count of each."""
+    if all(held is None for held in shares):
+        return [list(range(len(shares)))], add_up_one
     members: dict[Hashable, list[int]] = {}
-    for index, layer in enumerate(layers):
-        members.setdefault(layer.held and layer.held.domain, []).append(index)
-    holders = [layers[first].held for first, *_ in members.values()]
+    for index, held in enumerate(shares):
+        members.setdefault(held and held.domain, []).append(index)
+    holders = [shares[first] for first, *_ in members.values()]
 
     def add_up(counts: Sequence[Tensor]) -> Tensor:
         sums = [
@@ -277,7 +277,7 @@ def _domains(layers: Sequence[_Layer]) -> tuple[list[list[int]], AddUp]:
 
 def _remove_lowest(layers: list[_Layer], count: int, aside: list[Tensor] | None = None) -> Mask:
     """Mask without the ``count`` lowest entries not set aside, the earlier first among equals."""
-    domains, add_up = _domains(layers)
+    domains, add_up = _domains([layer.held for layer in layers])
     begins = list(accumulate((layer.n for layer in layers), initial=0))
     device = layers[0].entries.device
     places = []
@@ -410,7 +410,9 @@ def newest_mask(window: Tensor) -> Tensor:
     return (window[0] & 1).bool()
 
 
-def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
+def window_distances(
+    window: Tensor, n_held: int, shares: Sequence[tuple[int, Held | None]] | None = None
+) -> tuple[float, ...]:
     r"""Distances from the newest mask to each older one, oldest first, in one pass.
 
     .. math:: d_j = d(m_\mathrm{newest}, m_j) \quad \text{for each older mask } m_j
@@ -418,6 +420,8 @@ def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
     Args:
         window: What :func:`push_mask_` filled.
         n_held: How many masks it holds, the newest counted; at least 1.
+        shares: For each representative how many entries are in this window, and what other ranks
+            hold, if they do; then this is a collective call (default: all are here).
 
     Returns:
         ``n_held - 1`` distances in [0, 1], the same as :func:`mask_distance` of the masks one by
@@ -430,7 +434,19 @@ def window_distances(window: Tensor, n_held: int) -> tuple[float, ...]:
         >>> window_distances(window, n_held=3)
         (0.5, 1.0)
     """
-    return tuple(count / window.shape[1] for count in window_differences(window, n_held).tolist())
+    if shares is None:
+        shares = [(window.shape[1], None)]
+    domains, add_up = _domains([held for _, held in shares])
+    if len(domains) == 1:
+        counts = [window_differences(window, n_held)]
+    else:
+        parts = torch.split(window, [size for size, _ in shares], dim=1)
+        counts = [
+            torch.stack([window_differences(parts[index], n_held) for index in members]).sum(0)
+            for members in domains
+        ]
+    n_entries = sum(held.n_entries if held else size for size, held in shares)
+    return tuple(count / n_entries for count in add_up(counts).tolist())
 
 
 def window_differences(window: Tensor, n_held: int) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch_worm_optim.checkpoint import (
     without_record,
 )
 from torch_worm_optim.masks import (
+    Held,
     compute_mask,
     new_window,
     newest_mask,
@@ -37,7 +39,17 @@ from torch_worm_optim.selectors import (
     default_selector,
     select,
 )
-from torch_worm_optim.selectors.selection import check_unsharded
+from torch_worm_optim.sharding import (
+    Shard,
+    is_distributed,
+    local,
+    local_part_of,
+    ranked_indices,
+    reshard_,
+    shard_of,
+    spread_alike,
+    spread_like,
+)
 from torch_worm_optim.truncation import (
     fill_multiplier_,
     is_normalising,
@@ -54,8 +66,20 @@ logger = logging.getLogger(__name__)
 # seconds; this one, which torch.optim uses for itself, makes it at the first call.
 _untraced = _disable_dynamo
 
-# A parameter that the mask reaches, with what says which entries of it.
-Target = tuple[Representative, Tensor]
+
+class Target(NamedTuple):
+    """A parameter that the mask reaches, with what says which entries of it."""
+
+    part: Representative
+    parameter: Tensor
+    shard: Shard | None
+
+    def reached(self, tensor: Tensor) -> Tensor:
+        """Of the parameter, or of a gradient of it, what a mask is applied to here, as a view."""
+        if self.shard is not None:
+            return self.shard.reached(local(tensor))
+        return self.part.entries(local(tensor) if is_distributed(tensor) else tensor)
+
 
 # A mask that this share of the entries tie for is a matter of their order more than of training.
 _MANY_TIES = 0.05
@@ -182,6 +206,7 @@ class WormOptimizer(OptimizerWrapper):
         if sample_every is not None and not callable(sample_every):
             sample_every = check_count("sample_every", sample_every, least=1)
         self._sample_every = sample_every
+        reshard_(model)  # an evaluation may have left whole parameters in the places of shards
         self._representatives = select(
             default_selector if selector is None else selector,
             model,
@@ -190,6 +215,8 @@ class WormOptimizer(OptimizerWrapper):
 
         super().__init__(base_optim)
         self._model = model
+        self._shards: dict[int, Shard] = {}
+        self._sharded_names: set[str] = set()
         # A meta-device model says how many entries there will be, and not yet where.
         device = self._parameter(self._representatives[0].name).device
         with torch.inference_mode(False):  # Later masks could not be written to it otherwise.
@@ -237,7 +264,8 @@ class WormOptimizer(OptimizerWrapper):
         """The ticket, a bool mask by parameter name, **True = kept**; None before it is found.
 
         Each mask has its parameter's shape; where only a part of a parameter is ranked, the other
-        entries are True. The tensors are copies.
+        entries are True. The tensors are copies. The mask of a sharded parameter is a DTensor that
+        is sharded alike; its ``full_tensor()`` is the whole.
         """
         return self.candidate_mask if self.converged else None
 
@@ -247,14 +275,14 @@ class WormOptimizer(OptimizerWrapper):
         if not self._search.history:
             return None
         masks: dict[str, Tensor] = {}
-        for representative, mask in zip(self._representatives, self._newest_masks(), strict=True):
-            for part in representative.ranked:
+        for index, mask in enumerate(self._newest_masks()):
+            for part in self._representatives[index].ranked:
                 parameter = self._parameter(part.name)
-                if part.name not in masks:
-                    masks[part.name] = torch.ones_like(parameter, dtype=torch.bool)
-                entries = part.entries(masks[part.name])
-                entries.copy_(spread_mask(mask, part.units, entries.shape))
-        return masks
+                here = masks.setdefault(
+                    part.name, torch.ones_like(local(parameter), dtype=torch.bool)
+                )
+                self._put(index, part, mask, here)
+        return {name: spread_like(mask, like=self._parameter(name)) for name, mask in masks.items()}
 
     def __repr__(self) -> str:
         """The phase, the last distances and the base optimizer."""
@@ -262,7 +290,7 @@ class WormOptimizer(OptimizerWrapper):
             f"phase: {self.phase.value}",
             f"step: {self._search.step}",
             f"masks drawn: {len(self._search.history)} (window: {self._rule.window})",
-            f"ranked entries: {sum(self._sizes())} of {len(self._representatives)} parameters",
+            f"ranked entries: {sum(self._all_sizes())} of {len(self._representatives)} parameters",
         ]
         last = self._search.history[-1] if self._search.history else None
         if last is not None and last.max_distance is not None:
@@ -330,13 +358,20 @@ class WormOptimizer(OptimizerWrapper):
         phase = self.phase
         if phase.converged:
             return self._search.history[-1]
+        self._fit_window()
+        ranked, shares = self._ranked(), self._shares()
         mask, n_tied = compute_mask(
-            self._ranked(), self._prune_ratio, scope=self._scope, min_keep=self._min_keep
+            ranked,
+            self._prune_ratio,
+            scope=self._scope,
+            min_keep=self._min_keep,
+            held={name: held for name, (_, held) in zip(ranked, shares, strict=True) if held},
         )
-        if n_tied > _MANY_TIES * mask.numel():
+        n_entries = sum(self._all_sizes())
+        if n_tied > _MANY_TIES * n_entries:
             self._warn_once(
                 "ties",
-                f"{n_tied} of {mask.numel()} entries tie for the mask: they have the very same "
+                f"{n_tied} of {n_entries} entries tie for the mask: they have the very same "
                 "magnitude and only their order decides which go. Freshly initialised BatchNorm "
                 "scales are all 1 and do this. Let training move them before the first mask (a "
                 "larger `sample_every`), or check that the selected parameters are trained at all.",
@@ -350,6 +385,7 @@ class WormOptimizer(OptimizerWrapper):
             step=self._search.step,
             history=self._search.history,
             rule=self._rule,
+            shares=shares,
         )
         self._search.history.append(sample)
         if sample.phase.converged:
@@ -424,18 +460,23 @@ class WormOptimizer(OptimizerWrapper):
         super().load_state_dict(state_dict)
 
     def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return with_record(state_dict, self._search, self._masks_identity())
+        return with_record(state_dict, self._search, self._masks_identity(), self._packed_window())
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         plain, record = without_record(state_dict)
         # A plain checkpoint of the base optimizer has no record: the search starts afresh.
-        search = SearchRecord(0, False, [], torch.zeros_like(self._search.window))
+        search = SearchRecord(0, False, [], new_window(sum(self._sizes()), self._rule.window))
         if record is not None:
-            identity, window = self._masks_identity(), self._search.window
-            search = read_record(record, identity=identity, window=window, n_held=self._rule.window)
+            search = read_record(
+                record,
+                identity=self._masks_identity(),
+                n_held=self._rule.window,
+                unpack=self._unpacked_window,
+            )
         super()._load(plain)
         self._search.step, self._search.pruned = search.step, search.pruned
         self._search.history[:] = search.history
+        self._fit_window()
         self._search.window.copy_(search.window)
         self._buffers.clear()
         self._hold_place()
@@ -455,12 +496,16 @@ class WormOptimizer(OptimizerWrapper):
                 [f"{part.view}{part.part}{part.units}" for part in each.reached]
                 for each in self._representatives
             ],
-            "sizes": self._sizes(),
+            "sizes": self._all_sizes(),
             "prune_ratio": self._prune_ratio,
             "scope": self._scope,
             "min_keep": self._min_keep,
             "window": self._rule.window,
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is found again when it is needed, and holds process groups."""
+        return {**super().__getstate__(), "_shards": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer; the representatives stay as they are."""
@@ -487,8 +532,8 @@ class WormOptimizer(OptimizerWrapper):
         targets = self._targets()
         self._warn_if_inert(targets)
         gradients = [
-            None if parameter.grad is None else representative.entries(parameter.grad)
-            for representative, parameter in targets
+            None if target.parameter.grad is None else target.reached(target.parameter.grad)
+            for target in targets
         ]
         buffers = self._mask_buffers(_entries(targets))
         truncate_gradients_(gradients, [multiplier for (multiplier,) in buffers])
@@ -504,7 +549,7 @@ class WormOptimizer(OptimizerWrapper):
         return loss
 
     def _warn_if_inert(self, targets: list[Target]) -> None:
-        if all(parameter.grad is None for _, parameter in targets):
+        if all(target.parameter.grad is None for target in targets):
             self._warn_once(
                 "no gradients",
                 "No representative parameter has a gradient at step(), so nothing is truncated. "
@@ -533,6 +578,9 @@ class WormOptimizer(OptimizerWrapper):
         ``convert_sync_batchnorm`` put new parameters and modules in the places of old ones.
         """
         parameter: Tensor = attrgetter(name)(self._model)
+        if name in self._sharded_names and not is_distributed(parameter):
+            reshard_(self._model)  # a forward pass without a backward left the whole one here
+            parameter = attrgetter(name)(self._model)
         if type(parameter) is Tensor:
             raise RuntimeError(
                 f"{name!r} is no parameter any more but computed from another, as "
@@ -543,35 +591,188 @@ class WormOptimizer(OptimizerWrapper):
             )
         return parameter
 
+    def _shard(self, index: int) -> Shard | None:
+        """What this rank holds of a representative; None if that is all of it."""
+        representative = self._representatives[index]
+        parameter = self._parameter(representative.name)
+        if not is_distributed(parameter):
+            return None
+        known = self._shards.get(index)
+        if known is None or not known.is_of(parameter):
+            if known is not None and self._search.history:
+                raise RuntimeError(
+                    f"{representative.name!r} is sharded in another way than when the last mask "
+                    "was drawn. Save a checkpoint before sharding anew, and load it afterwards."
+                )
+            found = shard_of(representative.ranked[0], parameter)
+            if found is None:
+                return None
+            for part in representative.reached:
+                if not spread_alike(self._parameter(part.name), parameter):
+                    raise RuntimeError(
+                        f"{part.name!r} goes with {representative.name!r}, and is not sharded in "
+                        "the same way. Shard both alike, or select without followers."
+                    )
+                self._sharded_names.add(part.name)
+            self._shards[index] = known = found
+        return known
+
+    def _shares(self) -> list[tuple[int, Held | None]]:
+        """For each representative how much is in this rank's window, and what others hold."""
+        shards = [self._shard(index) for index in range(len(self._representatives))]
+        return [
+            (size, None if shard is None else shard.held)
+            for size, shard in zip(self._sizes(), shards, strict=True)
+        ]
+
     def _ranked(self) -> dict[str, Tensor]:
         """What is ranked, by what to call it in a message: entries, or the scores of units."""
         ranked = {}
         for index, representative in enumerate(self._representatives):
-            parts = []
-            for part in representative.ranked:
-                parameter = self._parameter(part.name)
-                check_unsharded(part.name, parameter)
-                parts.append((part.entries(parameter), part.units))
             names = " and ".join(dict.fromkeys(part.name for part in representative.ranked))
             # Two representatives may be parts of one parameter.
             label = f"{names} (representative {index})" if names in ranked else names
+            shard = self._shard(index)
+            if shard is not None:
+                ranked[label] = shard.ranked(local(self._parameter(representative.name)))
+                continue
+            parts = [
+                (part.entries(local(self._parameter(part.name))), part.units)
+                for part in representative.ranked
+            ]
             ranked[label] = unit_magnitudes(parts) if representative.units else parts[0][0]
         return ranked
 
     def _targets(self) -> list[Target]:
         """Every parameter that the mask reaches, with what says where."""
         return [
-            (part, self._parameter(part.name))
-            for representative in self._representatives
+            Target(part, self._parameter(part.name), shard)
+            for index, representative in enumerate(self._representatives)
+            for shard in (self._shard(index),)
             for part in representative.reached
         ]
 
     def _sizes(self) -> list[int]:
-        return [r.n_units(self._parameter(r.name)) for r in self._representatives]
+        """How many entries or units of each representative are in this rank's window."""
+        return [
+            self._all_size(representative) if shard is None else shard.size
+            for index, representative in enumerate(self._representatives)
+            for shard in (self._shard(index),)
+        ]
+
+    def _all_sizes(self) -> list[int]:
+        """How many entries or units each representative has, on all ranks together."""
+        return [self._all_size(representative) for representative in self._representatives]
+
+    def _all_size(self, representative: Representative) -> int:
+        parameter = self._parameter(representative.name)
+        if representative.units or not is_distributed(parameter):
+            return representative.n_units(parameter)
+        shape = ranked_indices(representative.ranked[0], tuple(parameter.shape))
+        return math.prod(len(indices) for indices in shape)
 
     def _newest_masks(self) -> list[Tensor]:
         """The newest mask, cut into that of each representative's units."""
+        self._fit_window()
         return list(torch.split(newest_mask(self._search.window), self._sizes()))
+
+    # ---- the window on this rank, and on all
+
+    def _fit_window(self) -> None:
+        """Have the window hold what this rank holds: sharding may have come after it was made."""
+        sizes = self._sizes()
+        window = self._search.window
+        if window.shape[1] == sum(sizes):
+            return
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        for representative in self._representatives:
+            if id(self._parameter(representative.name)) not in owned:
+                raise RuntimeError(
+                    f"{representative.name!r} was sharded after the base optimizer was built, "
+                    "which still holds the parameter that it was before. Build the optimizer after "
+                    "sharding, or put the new parameters into its `param_groups`."
+                )
+        parts = []
+        for index, rows in enumerate(torch.split(window, self._all_sizes(), dim=1)):
+            shard = self._shard(index)
+            parts.append(rows if shard is None else shard.part_of(rows))
+        with torch.inference_mode(False):
+            self._search.window = torch.cat(parts, dim=1)
+
+    def _put(self, index: int, part: Representative, values: Tensor, here: Tensor) -> None:
+        """Write values of a representative's units to where they lie in a parameter, in place."""
+        shard = self._shard(index)
+        if shard is not None:
+            shard.fill(values, here)
+        else:
+            entries = part.entries(here)
+            entries.copy_(spread_mask(values, part.units, entries.shape))
+
+    def _packed_window(self) -> dict[str, list[Tensor]]:
+        """The window as tensors that are shaped and spread as the parameters are.
+
+        So whatever saves and reshards parameters can save and reshard it. Units have no place of
+        their own in a parameter; theirs are flat.
+        """
+        self._fit_window()
+        packed: dict[str, list[Tensor]] = {}
+        for index, rows in enumerate(torch.split(self._search.window, self._sizes(), dim=1)):
+            representative = self._representatives[index]
+            key = self._packed_name(index)
+            if representative.units:
+                packed[key] = [row.clone() for row in rows]
+                continue
+            here = local(self._parameter(representative.name))
+            if key not in packed:
+                packed[key] = [
+                    torch.zeros_like(here, dtype=torch.uint8, device=rows.device) for _ in rows
+                ]
+            for row, place in zip(rows, packed[key], strict=True):
+                self._put(index, representative.ranked[0], row, place)
+        for index, representative in enumerate(self._representatives):
+            key = self._packed_name(index)
+            if not representative.units:
+                like = self._parameter(representative.name)
+                packed[key] = [
+                    row if is_distributed(row) else spread_like(row, like) for row in packed[key]
+                ]
+        return packed
+
+    def _unpacked_window(self, packed: Any) -> Tensor:
+        """The window that :meth:`_packed_window` was made of, on whatever ranks that was."""
+        parts = []
+        n_rows = len(self._search.window)
+        for index, representative in enumerate(self._representatives):
+            key = self._packed_name(index)
+            like = self._parameter(representative.name)
+            shape = (self._all_size(representative),) if representative.units else tuple(like.shape)
+            rows = packed.get(key) if isinstance(packed, dict) else None
+            if (
+                not isinstance(rows, (list, tuple))
+                or len(rows) != n_rows
+                or any(not isinstance(row, Tensor) or tuple(row.shape) != shape for row in rows)
+            ):
+                raise ValueError(
+                    f"The checkpoint's window of masks has no {n_rows} tensors of shape {shape} "
+                    f"for {key!r}: it is truncated or for another model. Load an earlier one."
+                )
+            shard = self._shard(index)
+            if not representative.units:
+                rows = [local_part_of(row, like) for row in rows]
+                part = representative.ranked[0]
+                rows = [
+                    (part.entries(row) if shard is None else shard.ranked(row)).reshape(-1)
+                    for row in rows
+                ]
+            parts.append(torch.stack([row.to(self._search.window.device) for row in rows]))
+        return torch.cat(parts, dim=1)
+
+    def _packed_name(self, index: int) -> str:
+        representative = self._representatives[index]
+        name = canonical_name(representative.name)
+        return f"{name} (units {index})" if representative.units else name
+
+    # ---- what a step needs of the newest mask
 
     def _mask_buffers(self, entries: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """What a step needs of the newest mask, for the entries of each target in order.
@@ -593,15 +794,17 @@ class WormOptimizer(OptimizerWrapper):
         return (torch.empty_like(entries),)
 
     def _fill_buffers(self, buffers: list[tuple[Tensor, ...]]) -> None:
+        masks = self._newest_masks()
         reached = [
-            (part.units, mask)
-            for representative, mask in zip(
-                self._representatives, self._newest_masks(), strict=True
-            )
+            (self._shard(index), part, masks[index])
+            for index, representative in enumerate(self._representatives)
             for part in representative.reached
         ]
-        for (buffer, *_), (units, unit_mask) in zip(buffers, reached, strict=True):
-            mask = spread_mask(unit_mask, units, buffer.shape)
+        for (buffer, *_), (shard, part, unit_mask) in zip(buffers, reached, strict=True):
+            if shard is None:
+                mask = spread_mask(unit_mask, part.units, buffer.shape)
+            else:
+                mask = shard.spread(unit_mask, buffer, rest=True)
             if self._search.pruned:
                 buffer.copy_(~mask)
             elif self._truncate == "update":
@@ -622,7 +825,7 @@ class WormOptimizer(OptimizerWrapper):
 
 def _entries(targets: list[Target]) -> list[Tensor]:
     """The entries of each target that the mask reaches, as views."""
-    return [representative.entries(parameter.detach()) for representative, parameter in targets]
+    return [target.reached(target.parameter.detach()) for target in targets]
 
 
 def _fits(buffers: tuple[Tensor, ...], entries: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_worm_optim.selectors.base import canonical_name
+from torch_worm_optim.sharding import local, local_part_of
 
 
 @torch.no_grad()
@@ -39,8 +40,8 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
     Args:
         model: The model to prune.
         ticket: Bool masks by parameter name, **True = kept**, such as ``WormOptimizer.final_mask``;
-            only the named parameters are touched. What DDP or ``torch.compile`` adds to names is
-            ignored on both sides.
+            only the named parameters are touched, and parameters and masks may be DTensors. What
+            DDP or ``torch.compile`` adds to names is ignored on both sides.
 
     Raises:
         ValueError: If the ticket is for another model: it names a parameter that the model does not
@@ -77,5 +78,8 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
                 "the model that it was found in."
             )
     chosen = [parameters[name] for name in ticket]
-    masks = [mask.to(p.device) for mask, p in zip(ticket.values(), chosen, strict=True)]
-    zero_removed_(chosen, [~mask for mask in masks])
+    masks = [local_part_of(mask, like=p) for mask, p in zip(ticket.values(), chosen, strict=True)]
+    zero_removed_(
+        [local(parameter) for parameter in chosen],
+        [~mask.to(parameter.device) for mask, parameter in zip(masks, chosen, strict=True)],
+    )

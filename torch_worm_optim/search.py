@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torch_worm_optim.masks import push_mask_, window_distances
+from torch_worm_optim.masks import Held, push_mask_, window_distances
 
 
 class Phase(Enum):
@@ -111,7 +111,13 @@ class StoppingRule:
 
 
 def observe_(
-    window: Tensor, mask: Tensor, *, step: int, history: Sequence[MaskSample], rule: StoppingRule
+    window: Tensor,
+    mask: Tensor,
+    *,
+    step: int,
+    history: Sequence[MaskSample],
+    rule: StoppingRule,
+    shares: Sequence[tuple[int, Held | None]] | None = None,
 ) -> MaskSample:
     """Take a newly drawn mask into the window, in place, and decide what follows.
 
@@ -122,6 +128,7 @@ def observe_(
         step: Optimizer steps taken so far.
         history: The samples before this one, oldest first.
         rule: When to truncate and when to stop.
+        shares: What other ranks hold, see :func:`~torch_worm_optim.masks.window_distances`.
 
     Returns:
         The new sample, which the caller appends to the history.
@@ -138,7 +145,7 @@ def observe_(
     """
     push_mask_(window, mask)
     full = len(history) + 1 >= rule.window
-    distances = window_distances(window, rule.window) if full else ()
+    distances = window_distances(window, rule.window, shares) if full else ()
     return MaskSample(
         step=step,
         distances=distances,

@@ -317,10 +317,10 @@ def _key_of(number: float, dtype: torch.dtype) -> int:
 def _remove_lowest_of_few(scores: Scores, count: int) -> Selection:
     exact = _exact([scores])
     keys = scores.all_keys(exact)
-    highest = keys.amax() if scores.aside is None else 0
+    highest = keys.amax() if scores.aside is None else keys.new_zeros(())
     threshold = keys.kthvalue(count).values
     kept = keys > threshold
-    top, n_kept = torch.stack([torch.as_tensor(highest), kept.sum()]).tolist()
+    top, n_kept = torch.stack([highest, kept.sum()]).tolist()
     if top >= _key_of(math.inf, exact):
         raise NotFiniteError
     if scores.n - count == n_kept and scores.aside is None:
@@ -347,14 +347,15 @@ def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, 
     """Two coarse keys that most likely have the threshold between them; None if all do."""
     [n] = _numbers([[scores.n] for scores in places], places, add_up)
     tables = [
-        scores.sample(_stride(n), torch.bfloat16).int().bincount(minlength=1 << 15)
+        scores.sample(_stride(n), torch.bfloat16).int().bincount(minlength=1 << 15).int()
         for scores in places
     ]
     ranks = add_up(tables).cumsum(0).cpu()
     n_sampled = int(ranks[-1])
     share = count / n
     spread = _DEVIATIONS * math.sqrt(n_sampled * share * (1 - share)) + 2
-    wanted = torch.tensor([share * n_sampled - spread, share * n_sampled + spread])
+    ends = [share * n_sampled - spread, share * n_sampled + spread]
+    wanted = torch.tensor(ends, device="cpu")
     low, high = torch.searchsorted(ranks.float(), wanted, right=False).tolist()
     high = min(high, _COARSE_INF)
     if int(ranks[high]) - (int(ranks[low - 1]) if low else 0) > n_sampled * _CROWDED + 64:
@@ -364,7 +365,8 @@ def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, 
 
 def _exact_range(low: int, high: int, exact: torch.dtype) -> tuple[int, int]:
     """Exact keys between which all are that round to one of these coarse keys."""
-    around = torch.tensor([max(0, low - 1), min(_COARSE_INF, high + 1)], dtype=torch.int16)
+    ends = [max(0, low - 1), min(_COARSE_INF, high + 1)]
+    around = torch.tensor(ends, dtype=torch.int16, device="cpu")
     first, last = around.view(torch.bfloat16).to(exact).view(_WHOLE[exact]).tolist()
     return first, last
 

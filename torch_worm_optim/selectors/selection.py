@@ -58,7 +58,7 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
             or a parameter is not of a floating or complex dtype.
         ValueError: If nothing is selected, a name is unknown, a parameter is selected twice or not
             owned, or a follower differs in shape.
-        RuntimeError: If a parameter is not materialised yet, or is sharded.
+        RuntimeError: If a parameter is not materialised yet, or is sharded by FSDP1 or ZeRO-3.
     """
     if not callable(selector):
         raise TypeError(
@@ -72,6 +72,8 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
             '`selector=`, for instance ParameterSelector("*.weight").'
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    # Shapes are looked at on tensors without data, whole where a rank holds a part.
+    shapes: dict[str, Tensor] = {}
     owned_ids = {id(parameter) for parameter in owned}
     parts_of: dict[int, list[Representative]] = {}
     for representative in representatives:
@@ -81,12 +83,14 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
             )
         for part in representative.reached:
             _check_parameter(part.name, parameters, owned_ids, model)
-        _check_shapes(representative, parameters)
+            whole = parameters[part.name]
+            shapes[part.name] = torch.empty_strided(whole.shape, whole.stride(), device="meta")
+        _check_shapes(representative, shapes)
         for part in representative.reached:
             others = parts_of.setdefault(id(parameters[part.name]), [])
             others.append(part)
             if len(others) > 1:
-                _check_apart(others, parameters[part.name])
+                _check_apart(others, shapes[part.name])
     return representatives
 
 
@@ -107,7 +111,7 @@ def _check_parameter(
         )
 
 
-def _check_shapes(representative: Representative, parameters: dict[str, nn.Parameter]) -> None:
+def _check_shapes(representative: Representative, parameters: dict[str, Tensor]) -> None:
     for follower in representative.followers:
         if isinstance(follower, str) and (
             parameters[follower].shape != parameters[representative.name].shape
@@ -195,22 +199,9 @@ def _check_rankable(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"{name!r} is of {parameter.dtype}: only floating and complex parameters can be ranked."
         )
-    check_unsharded(name, parameter)
-
-
-def check_unsharded(name: str, parameter: Tensor) -> None:
-    """Raise for a sharded parameter: its local part alone would give every rank a mask of its own.
-
-    Args:
-        name: The parameter's name, for the message.
-        parameter: The parameter.
-
-    Raises:
-        RuntimeError: If the parameter is a DTensor, or belongs to FSDP1 or ZeRO-3.
-    """
-    # What DTensor, FSDP1 and ZeRO-3 have that other parameters do not.
-    if any(hasattr(parameter, mark) for mark in ("to_local", "_fsdp_flattened", "ds_id")):
+    # What FSDP1 and ZeRO-3 have that other parameters do not.
+    if any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "ds_id")):
         raise RuntimeError(
-            f"{name!r} is sharded, and this release searches replicated parameters "
-            "only. Train with DDP, where every rank draws the same masks without traffic."
+            f"{name!r} is sharded by FSDP1 or DeepSpeed ZeRO-3, which hide where its entries are. "
+            "Shard with fully_shard (FSDP2), or train with DDP."
         )

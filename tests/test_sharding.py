@@ -1,0 +1,156 @@
+"""Sharded weights: the masks of all ranks together are those of one process, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+if not torch.distributed.is_available():
+    pytest.skip("needs torch.distributed", allow_module_level=True)
+pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
+
+import sharded_jobs as jobs
+from ranks import run_on_ranks
+from soak import difference
+
+CASES = [
+    {"prune_ratio": 0.5, "scope": "global", "min_keep": 1},
+    {"prune_ratio": 0.97, "scope": "global", "min_keep": 3},
+    {"prune_ratio": 0.3, "scope": "global", "min_keep": 0},
+    {"prune_ratio": 0.6, "scope": "layer", "min_keep": 1},
+]
+
+
+@pytest.mark.parametrize(
+    ("n", "layout", "which"),
+    [
+        (2, "fsdp", "scales"),
+        (2, "blocks", "fused"),
+        (3, "fsdp", "all"),
+        (3, "blocks", "ties"),
+        (4, "hybrid", "all"),
+        (4, "tp", "queries and keys"),
+        (4, "tp+fsdp", "all"),
+        (4, "tp+fsdp", "ties"),
+    ],
+)
+def test_masks_of_sharded_weights_are_those_of_one_process(n, layout, which):
+    """Uneven and empty shards, two meshes, ties over ranks: masks and distances are equal."""
+    alone = jobs.drawn("plain", which, CASES)
+
+    for result in run_on_ranks(n, jobs.drawn, layout, which, CASES):
+        assert difference(result, alone) == ""
+
+
+def all_equal(results, expected):
+    """Whether every rank has what is expected, and where not."""
+    return [difference(result, expected) for result in results] == [""] * len(results)
+
+
+@pytest.mark.parametrize(("n", "layout"), [(2, "fsdp"), (4, "hybrid")])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_training_sharded_is_training_alone(n, layout, truncate, after):
+    """Weights, masks, history and ticket are equal; means of equal gradients are exact here."""
+    options = {**jobs.OPTIONS, "truncate": truncate, "prune": True}
+    alone = jobs.trained("plain", "queries and keys", 24, **options)
+    assert {row[-1] for row in alone["history"]} >= {"truncating", "converged"}
+    assert alone["phase"] == "pruned"
+
+    job = functools.partial(jobs.trained, layout, "queries and keys", 24, after, **options)
+    assert all_equal(run_on_ranks(n, job), alone)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1), (2, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path, before, after, flatten):
+    """Loaded on more or fewer ranks, or unsharded, the search is the same and finds its ticket."""
+    which, how = "queries and keys", {"flatten_optimizer_state_dict": flatten}
+    alone = jobs.trained("plain", which, 20, **jobs.OPTIONS)
+    halfway = jobs.trained("plain", which, 8, **jobs.OPTIONS)
+
+    job = functools.partial(jobs.saved, "fsdp", which, 8, str(tmp_path), **how)
+    assert all_equal(run_on_ranks(before, job), halfway)
+    job = functools.partial(jobs.resumed, "fsdp", which, range(8, 20), str(tmp_path), **how)
+    assert all_equal(run_on_ranks(after, job), (halfway, alone))
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_a_whole_state_goes_between_one_process_and_ranks(broadcast):
+    """What is gathered for one file loads unsharded, and what is saved unsharded loads sharded."""
+    which = "fused"
+    alone = jobs.trained("plain", which, 20, **jobs.OPTIONS)
+
+    states = run_on_ranks(2, jobs.whole_state, "fsdp", which, 8)
+    assert all_equal([jobs.from_whole_state("plain", which, range(8, 20), states[0], False)], alone)
+    state = jobs.whole_state("plain", which, 8)
+    assert difference(states[0]["opt"]["param_groups"], state["opt"]["param_groups"]) == ""
+    results = run_on_ranks(2, jobs.from_whole_state, "fsdp", which, range(8, 20), state, broadcast)
+    assert all_equal(results, alone)
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path):
+    """Four ranks lose one in the middle of the search; one rank finds the same ticket."""
+    which = "queries and keys"
+    alone = jobs.trained("plain", which, 20, **jobs.OPTIONS)
+
+    with pytest.raises(AssertionError):
+        run_on_ranks(4, jobs.killed, "fsdp", which, str(tmp_path))
+    job = functools.partial(jobs.resumed, "fsdp", which, range(8, 20), f"{tmp_path}/7")
+    [(_, end)] = run_on_ranks(1, job)
+    assert difference(end, alone) == ""
+
+
+def test_a_sample_sends_the_same_however_large_the_model():
+    """Counts travel and nothing else, as many of them for any width and any number of ranks."""
+    few, many, threes = (
+        run_on_ranks(n, jobs.traffic, width)[0] for n, width in ((2, 128), (2, 512), (3, 512))
+    )
+
+    # A table of the sample, and up to four of what lies inside the bracket, 8 KiB each.
+    for sent in (few, many, threes):
+        assert len(sent) < 12
+        assert 2**17 < sum(sent) < 2**17 + 4 * 2**13 + 200
+
+
+@pytest.mark.parametrize("layout", ["fsdp"])
+def test_weights_that_are_nan_on_one_rank_raise_on_all(layout):
+    """No rank goes on with a mask that another did not draw."""
+    results = run_on_ranks(2, jobs.bad_weights, layout)
+
+    assert all(len(messages) == 2 for messages in results)
+    assert "another rank holds" in results[0][0]
+    assert "'attn.q_proj.weight': it has NaN" in results[1][0]
+
+
+def test_what_cannot_work_says_so():
+    """Each message names the parameter and the way out."""
+    for messages in run_on_ranks(2, jobs.refused):
+        assert "ranks units of several entries" in messages["units"]
+        assert "Build the optimizer after sharding" in messages["forgotten"]
+        assert "sharded in another way" in messages["resharded"]
+        assert "is not sharded in the same way" in messages["follower"]
+        assert "partial sums" in messages["partial_sums"]
+        assert "FSDP1" in messages["fsdp1"]
+
+
+def test_tickets_whole_and_sharded_apply_to_sharded_weights():
+    """Both do what the ticket does to weights that are not sharded."""
+    alone = jobs.applied("plain")
+
+    assert int((alone["whole"] == 0).sum()) > 50
+    assert all_equal(run_on_ranks(3, jobs.applied, "fsdp"), alone)
+
+
+@pytest.mark.parametrize(("n", "zero"), [(2, False), (3, False), (2, True)])
+def test_replicas_draw_the_same_masks_without_traffic(n, zero):
+    """Under DDP every rank has the same search, with ZeRO's optimizer as base, too."""
+    results = run_on_ranks(n, functools.partial(jobs.replicated, 20, zero, **jobs.OPTIONS))
+
+    assert all_equal(results[1:], results[0])
+    assert results[0]["phase"] == "pruned"
+    if n == 2:
+        alone = jobs.trained("plain", "queries and keys", 20, **jobs.OPTIONS)
+        assert difference(results[0]["history"], alone["history"]) == ""
