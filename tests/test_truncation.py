@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import grad_lists, shares
 
+from torch_worm_optim import truncation as truncation_module
 from torch_worm_optim.pruning import apply_ticket_, zero_removed_
 from torch_worm_optim.truncation import (
     fill_multiplier_,
     is_normalising,
     truncate_gradients_,
+    truncate_removed_,
     truncate_updates_,
 )
 
@@ -57,6 +63,70 @@ def test_foreach_equals_the_loop(pairs, truncation):
             assert gradient.data_ptr() == storage
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(grad_lists(), shares, st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_bytes_of_the_window_truncate_as_multipliers_do(
+    monkeypatch, pairs, truncation, block, strided, as_tensor, seed
+):
+    """In blocks of any size, whatever the other bits of the bytes are, the bits are the same."""
+    monkeypatch.setattr(truncation_module, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(seed)
+    twins, gradients, rows = [], [], []
+    for gradient, mask in pairs:
+        twins.append(None if gradient is None else gradient.clone())
+        if gradient is not None and strided:
+            gradient = torch.stack([gradient, gradient], -1)[..., 0]
+        gradients.append(gradient)
+        noise = torch.randint(128, (mask.numel(),), dtype=torch.uint8, generator=generator)
+        rows.append((noise << 1) | mask.flatten())
+
+    share = torch.tensor(truncation) if as_tensor else truncation
+    truncate_removed_(gradients, rows, share)
+    truncate_gradients_(twins, multipliers_of(pairs, float(share)))
+
+    for twin, gradient in zip(twins, gradients, strict=True):
+        assert (twin is None and gradient is None) or torch.equal(twin, gradient)
+
+
+def test_the_kernel_truncates_as_multipliers_do(tmp_path):
+    """Run by Triton's interpreter, the kernel for CUDA gives the bits of the plain twin."""
+    pytest.importorskip("triton")
+    script = tmp_path / "kernel.py"
+    script.write_text(
+        """
+import torch, triton
+from torch_worm_optim.truncation import fill_multiplier_, truncate_gradients_
+from torch_worm_optim.truncation_kernel import _scale_removed
+
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for n in (1, 1024, 5000):
+        torch.manual_seed(n)
+        gradient = torch.randn(n).to(dtype)
+        before, newest = gradient.clone(), torch.randint(256, (n,), dtype=torch.uint8)
+        twin, multiplier = gradient.clone(), torch.empty_like(gradient)
+        fill_multiplier_(multiplier, (newest & 1).bool(), 0.003)
+        truncate_gradients_([twin], [multiplier])
+        grid = (triton.cdiv(n, 1024),)
+        _scale_removed[grid](gradient, newest, torch.tensor(0.003), n, block=1024)
+        # The interpreter, unlike a device, does not round to the nearest bfloat16.
+        nearly = torch.bfloat16 if dtype == torch.bfloat16 else None
+        ulps = (gradient.view(torch.int16).int() - twin.view(torch.int16).int()).abs().max()
+        assert torch.equal(gradient, twin) or (nearly and ulps <= 2), (dtype, n)
+        kept = (newest & 1).bool()
+        assert torch.equal(gradient[kept], before[kept])
+print("equal")
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), shares)
 def test_sparse_gradients_are_truncated_as_dense_ones(rows, truncation):
     """An embedding's sparse gradient, repeated rows included, equals its dense twin."""
@@ -68,10 +138,14 @@ def test_sparse_gradients_are_truncated_as_dense_ones(rows, truncation):
     )
     dense = sparse.to_dense()
 
+    again = sparse.clone()
+
     truncate_gradients_([sparse], [multiplier])
     truncate_gradients_([dense], [multiplier])
+    truncate_removed_([again], [mask.flatten().byte()], truncation)
 
     torch.testing.assert_close(sparse.to_dense(), dense)
+    assert torch.equal(again.to_dense(), sparse.to_dense())
 
 
 @given(grad_lists(), shares)
@@ -92,6 +166,23 @@ def test_updates_of_removed_entries_are_scaled_by_r(pairs, truncation):
         expected = start.double() + truncation * (new.double() - start.double())
         tolerance = 8 * torch.finfo(new.dtype).eps
         assert (end.double() - expected)[~mask].abs().le(tolerance * 5).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_kernel_gives_the_bits_of_multipliers_on_a_device(dtype):
+    """Where a kernel runs, it is exact in half precision, too."""
+    for n in (1, 1000, 1 << 20):
+        gradient = torch.randn(n, device="cuda").to(dtype)
+        newest = torch.randint(256, (n,), dtype=torch.uint8, device="cuda")
+        twin, multiplier = gradient.clone(), torch.empty_like(gradient)
+        strength = torch.tensor(0.003, device="cuda")
+        fill_multiplier_(multiplier, (newest & 1).bool(), float(strength))
+
+        truncate_removed_([gradient], [newest], strength)
+        truncate_gradients_([twin], [multiplier])
+
+        assert torch.equal(gradient, twin)
 
 
 @given(grad_lists())

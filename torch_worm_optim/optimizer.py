@@ -54,6 +54,7 @@ from torch_worm_optim.truncation import (
     fill_multiplier_,
     is_normalising,
     truncate_gradients_,
+    truncate_removed_,
     truncate_updates_,
 )
 from torch_worm_optim.wrapper import Closure, OptimizerWrapper
@@ -80,7 +81,17 @@ class Target(NamedTuple):
             return self.shard.reached(local(tensor))
         return self.part.entries(local(tensor) if is_distributed(tensor) else tensor)
 
+    @property
+    def is_in_window(self) -> bool:
+        """Whether each entry that a mask is applied to has a byte of its own in the window."""
+        if self.shard is not None:
+            return self.shard.slices is not None
+        return not self.part.units
 
+
+# For so many entries what their gradients are multiplied by is held, a few megabytes; for more it
+# is made anew in each step.
+_FEW = 1 << 20
 # A mask that this share of the entries tie for is a matter of their order more than of training.
 _MANY_TIES = 0.05
 
@@ -215,6 +226,7 @@ class WormOptimizer(OptimizerWrapper):
 
         super().__init__(base_optim)
         self._model = model
+        self._strengths: dict[torch.device, Tensor] = {}
         self._shards: dict[int, Shard] = {}
         self._sharded_names: set[str] = set()
         # A meta-device model says how many entries there will be, and not yet where.
@@ -322,19 +334,21 @@ class WormOptimizer(OptimizerWrapper):
                 itself was taken; the search is as it was before it.
             RuntimeError: If a parameter that the mask reaches was reparametrised under the search.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            return self._recorded_step(closure)
         if closure is None and self._only_initialises_state():
             return self._step_base(None)
         phase = self.phase
+        if self._search.window.is_cuda:
+            self._strength_on(self._search.window.device)  # a graph may be recorded next
         if phase is not Phase.TRUNCATING or self._truncation == 1:
             loss = self._step_base(closure)
         elif self._truncate == "gradient":
-            loss = self._gradient_truncated_step(closure)
+            loss = self._step_after(closure, self._truncate_gradients)
         else:
             loss = self._update_truncated_step(closure)
         if phase is Phase.PRUNED:
             self._hold_at_zero()
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            return loss  # The step was recorded, not taken: replaying it runs no Python.
         self._search.step += 1
         if not phase.converged and self._is_due():
             self.sample()
@@ -392,6 +406,7 @@ class WormOptimizer(OptimizerWrapper):
             self._buffers.clear()
         elif self._buffers:
             self._fill_buffers(self._buffers)
+        self._set_strengths()
         if sample.phase is not phase:
             logger.info(
                 "step %d: %s -> %s (max distance %s, mean distance %s)",
@@ -479,6 +494,7 @@ class WormOptimizer(OptimizerWrapper):
         self._fit_window()
         self._search.window.copy_(search.window)
         self._buffers.clear()
+        self._set_strengths()
         self._hold_place()
 
     def _masks_identity(self) -> dict[str, Any]:
@@ -514,16 +530,17 @@ class WormOptimizer(OptimizerWrapper):
 
     # ---- the parts of a step
 
-    def _gradient_truncated_step(self, closure: Closure | None) -> Any:
+    def _step_after(self, closure: Closure | None, truncate: Callable[[], None]) -> Any:
+        """The base optimizer's step, with its gradients truncated first."""
         if closure is None:
-            self._truncate_gradients()
+            truncate()
             return self._step_base(None)
 
         def truncated_closure() -> Any:
             # Gradients are there only after the closure, however often the base optimizer calls it.
             with torch.enable_grad():
                 loss = closure()
-            self._truncate_gradients()
+            truncate()
             return loss
 
         return self._step_base(truncated_closure)
@@ -535,13 +552,91 @@ class WormOptimizer(OptimizerWrapper):
             None if target.parameter.grad is None else target.reached(target.parameter.grad)
             for target in targets
         ]
-        buffers = self._mask_buffers(_entries(targets))
-        truncate_gradients_(gradients, [multiplier for (multiplier,) in buffers])
+        buffers = self._mask_buffers(targets)
+        held = [i for i, buffer in enumerate(buffers) if buffer]
+        truncate_gradients_([gradients[i] for i in held], [buffers[i][0] for i in held])
+        if len(held) < len(buffers):
+            rows = self._newest_bytes()
+            direct = [i for i, buffer in enumerate(buffers) if not buffer]
+            strength: float | Tensor = self._truncation
+            if rows[0].is_cuda:
+                strength = self._strength_on(rows[0].device)
+            truncate_removed_([gradients[i] for i in direct], [rows[i] for i in direct], strength)
+
+    def _recorded_step(self, closure: Closure | None) -> Any:
+        """A step that becomes part of a CUDA graph, and is taken when that is replayed.
+
+        Replays run no Python: they count no steps and draw no masks. What they do depends on the
+        window and on how strongly it is applied, which :meth:`sample` writes between them.
+        """
+        phase = self.phase
+        if phase.converged or self._truncation == 1:
+            loss = self._step_base(closure)
+            if phase is Phase.PRUNED:
+                self._hold_at_zero()
+            return loss
+        device = self._search.window.device
+        if device not in self._strengths:
+            raise RuntimeError(
+                "A CUDA graph is being recorded before the first step of this optimizer. Take a "
+                "few steps without it first, as torch.cuda.graph asks for anyway."
+            )
+        strength = self._strengths[device]
+        targets = self._targets()
+        if self._truncate == "update":
+            entries = _entries(targets)
+            before = [each.clone() for each in entries]
+            loss = self._step_base(closure)
+            kept = [
+                (row & 1).bool().view(each.shape)
+                for row, each in zip(self._spread_bytes(targets), entries, strict=True)
+            ]
+            truncate_updates_(entries, before, kept, strength)
+            return loss
+
+        def truncate() -> None:
+            gradients = [
+                None if target.parameter.grad is None else target.reached(target.parameter.grad)
+                for target in targets
+            ]
+            truncate_removed_(gradients, self._spread_bytes(targets), strength)
+
+        return self._step_after(closure, truncate)
+
+    def _spread_bytes(self, targets: list[Target]) -> list[Tensor]:
+        """For each target the bytes of its entries, made from those of units where it has some."""
+        rows = []
+        for target, row in zip(targets, self._newest_bytes(), strict=True):
+            if target.is_in_window:
+                rows.append(row)
+                continue
+            entries = target.reached(target.parameter.detach())
+            if target.shard is None:
+                spread = spread_mask(row, target.part.units, entries.shape)
+            else:
+                spread = target.shard.spread(row, entries, rest=1)
+            rows.append(spread.reshape(-1))
+        return rows
+
+    def _strength_on(self, device: torch.device) -> Tensor:
+        """What the gradients of removed entries are multiplied by now, where a kernel can read it.
+
+        The same tensor for good: a recorded graph reads it at every replay.
+        """
+        if device not in self._strengths:
+            self._strengths[device] = torch.ones((), device=device)
+            self._set_strengths()
+        return self._strengths[device]
+
+    def _set_strengths(self) -> None:
+        strength = self._truncation if self.phase is Phase.TRUNCATING else 1.0
+        for each in self._strengths.values():
+            each.fill_(strength)
 
     def _update_truncated_step(self, closure: Closure | None) -> Any:
         targets = self._targets()
         entries = _entries(targets)
-        masks, before = zip(*self._mask_buffers(entries), strict=True)
+        masks, before = zip(*self._mask_buffers(targets), strict=True)
         torch._foreach_copy_(before, entries)
         loss = self._step_base(closure)
         self._warn_if_inert(targets)
@@ -559,8 +654,9 @@ class WormOptimizer(OptimizerWrapper):
             )
 
     def _hold_at_zero(self) -> None:
-        entries = _entries(self._targets())
-        zero_removed_(entries, [removed for (removed,) in self._mask_buffers(entries)])
+        targets = self._targets()
+        buffers = self._mask_buffers(targets)
+        zero_removed_(_entries(targets), [removed for (removed,) in buffers])
 
     def _is_due(self) -> bool:
         if self._sample_every is None:
@@ -774,24 +870,40 @@ class WormOptimizer(OptimizerWrapper):
 
     # ---- what a step needs of the newest mask
 
-    def _mask_buffers(self, entries: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        """What a step needs of the newest mask, for the entries of each target in order.
+    def _mask_buffers(self, targets: list[Target]) -> list[tuple[Tensor, ...]]:
+        """What a step needs of the newest mask, for each target in order.
 
-        What gradients are multiplied by; or the mask and room for the weights before the step; or,
-        when pruned, what is removed. The first step that needs them makes them; later masks are
-        only written into them, so that the other steps allocate nothing.
+        What gradients are multiplied by, or nothing where the bytes in the window do; or the mask
+        and room for the weights before the step; or, when pruned, what is removed. The first step
+        that needs them makes them; later masks are only written into them, so that the other steps
+        allocate nothing.
         """
+        entries = _entries(targets)
         if not self._buffers or not all(map(_fits, self._buffers, entries)):
-            self._buffers[:] = [self._new_buffers(each) for each in entries]
+            few = sum(each.numel() for each in entries) <= _FEW
+            self._buffers[:] = [
+                self._new_buffers(target, each, few)
+                for target, each in zip(targets, entries, strict=True)
+            ]
             self._fill_buffers(self._buffers)
         return self._buffers
 
-    def _new_buffers(self, entries: Tensor) -> tuple[Tensor, ...]:
+    def _new_buffers(self, target: Target, entries: Tensor, few: bool) -> tuple[Tensor, ...]:
         if self._search.pruned:
             return (torch.empty_like(entries, dtype=torch.bool),)
         if self._truncate == "update":
             return torch.empty_like(entries, dtype=torch.bool), torch.empty_like(entries)
-        return (torch.empty_like(entries),)
+        direct = target.is_in_window and entries.device == self._search.window.device
+        return () if direct and not few else (torch.empty_like(entries),)
+
+    def _newest_bytes(self) -> list[Tensor]:
+        """For each target the bytes of the window that its entries have, or would have."""
+        parts = torch.split(self._search.window[0], self._sizes())
+        return [
+            part
+            for part, representative in zip(parts, self._representatives, strict=True)
+            for _ in representative.reached
+        ]
 
     def _fill_buffers(self, buffers: list[tuple[Tensor, ...]]) -> None:
         masks = self._newest_masks()
@@ -800,7 +912,9 @@ class WormOptimizer(OptimizerWrapper):
             for index, representative in enumerate(self._representatives)
             for part in representative.reached
         ]
-        for (buffer, *_), (shard, part, unit_mask) in zip(buffers, reached, strict=True):
+        for (buffer, *_), (shard, part, unit_mask) in (
+            pair for pair in zip(buffers, reached, strict=True) if pair[0]
+        ):
             if shard is None:
                 mask = spread_mask(unit_mask, part.units, buffer.shape)
             else:

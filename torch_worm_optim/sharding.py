@@ -229,10 +229,11 @@ class Shard:
 
     def add_up(self, counts: Tensor) -> Tensor:
         """Add counts over the ranks that hold the other parts; the only traffic there is."""
-        counts = counts.clone()
+        # Where weights are offloaded to the host, the ranks still talk device to device.
+        there = counts.to(self.mesh.device_type, copy=True)
         for dim in self.dims:
-            torch.distributed.all_reduce(counts, group=self.mesh.get_group(dim))
-        return counts
+            torch.distributed.all_reduce(there, group=self.mesh.get_group(dim))
+        return there.to(counts.device)
 
     @property
     def held(self) -> Held:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ _NORMALISING = re.compile(
     r"Ada|Adopt|RMSprop|Rprop|LaProp|^Sign|Lamb(?!da)|LAMB|Lion|Prodigy|Sophia|Shampoo|SOAP|Muon|Kron"
     r"|NovoGrad|MADGRAD|^Mars|CAME|Yogi|AdEMAMix|Ranger|Tiger"
 )
+
+# Entries whose multipliers are made at once: six megabytes, which a processor's cache has room for.
+_BLOCK = 3 << 19
 
 
 def fill_multiplier_(multiplier: Tensor, mask: Tensor, truncation: float) -> None:
@@ -97,11 +102,116 @@ def _scale_foreach_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 @torch.no_grad()
+def truncate_removed_(
+    gradients: Sequence[Tensor | None], newest: Sequence[Tensor], truncation: float | Tensor
+) -> None:
+    r"""Scale gradients as :func:`truncate_gradients_` does, with no more in memory than the masks.
+
+    Multipliers are made for some entries at a time, in the processor's cache, from the bytes in
+    which the window holds the masks; on a CUDA device a kernel reads the bytes themselves. The bits
+    are those that the multipliers of :func:`fill_multiplier_` give.
+
+    Args:
+        gradients: Gradients, or views of the ranked part of them; ``None`` is passed over.
+        newest: For each gradient a uint8 tensor of as many entries in the same order, contiguous;
+            an entry is kept where bit 0 is 1, as in a row of
+            :func:`~torch_worm_optim.masks.new_window`.
+        truncation: *r*, in [0, 1]; or a float32 scalar on the gradients' device that holds it, for
+            a recorded CUDA graph, which reads it again at every replay.
+
+    Example:
+        >>> gradient = torch.tensor([2.0, 2.0])
+        >>> truncate_removed_([gradient], [torch.tensor([5, 4], dtype=torch.uint8)], 0.5)
+        >>> gradient
+        tensor([2., 1.])
+    """
+    pieces: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for gradient, row in zip(gradients, newest, strict=True):
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            kept = row.view(gradient.shape)[tuple(gradient._indices())] & 1
+            gradient._values().mul_(_multiplier_(kept.to(gradient.dtype.to_real()), truncation))
+        elif isinstance(truncation, Tensor) and _has_kernel(gradient):
+            from torch_worm_optim.truncation_kernel import scale_removed_
+
+            scale_removed_(gradient, row, truncation)
+        else:
+            kind = gradient.device, gradient.dtype.to_real()
+            pieces.setdefault(kind, []).extend(_pieces(gradient, row))
+    for (device, dtype), pairs in pieces.items():
+        most = max(piece.numel() for piece, _ in pairs)
+        bits = torch.empty(max(_BLOCK, most), dtype=torch.uint8, device=device)
+        room = torch.empty_like(bits, dtype=dtype)
+        for block in _blocks(pairs):
+            places = list(accumulate((piece.numel() for piece, _ in block), initial=0))
+            for (_, row), start in zip(block, places, strict=False):
+                torch.bitwise_and(row, 1, out=bits[start : start + row.numel()])
+            n = places[-1]
+            made = _multiplier_(room[:n].copy_(bits[:n]), truncation)
+            factors = [
+                part.view(piece.shape)
+                for part, (piece, _) in zip(
+                    torch.split(made, [piece.numel() for piece, _ in block]), block, strict=True
+                )
+            ]
+            torch._foreach_mul_([piece for piece, _ in block], factors)
+
+
+def _multiplier_(kept: Tensor, truncation: float | Tensor) -> Tensor:
+    """1 where ``kept`` is 1, *r* where it is 0: the larger of the two, in place."""
+    if isinstance(truncation, Tensor):
+        return torch.maximum(kept, truncation.to(kept.dtype), out=kept)
+    return kept.clamp_(min=truncation)
+
+
+def _has_kernel(gradient: Tensor) -> bool:
+    return (
+        gradient.is_cuda
+        and gradient.is_contiguous()
+        and gradient.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and find_spec("triton") is not None
+    )
+
+
+def _pieces(gradient: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A gradient and its bytes, cut along its first dimension where it is larger than a block."""
+    if gradient.numel() <= _BLOCK or len(gradient) == 1:
+        yield gradient, row
+        return
+    if gradient.is_contiguous():
+        yield from zip(
+            torch.split(gradient.view(-1), _BLOCK), torch.split(row, _BLOCK), strict=True
+        )
+        return
+    n_rows = max(1, _BLOCK // gradient[0].numel())
+    yield from zip(
+        torch.split(gradient, n_rows),
+        torch.split(row, n_rows * gradient[0].numel()),
+        strict=True,
+    )
+
+
+def _blocks(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As many pieces at a time as make a block."""
+    block: list[tuple[Tensor, Tensor]] = []
+    n = 0
+    for pair in pairs:
+        if block and n + pair[0].numel() > _BLOCK:
+            yield block
+            block, n = [], 0
+        block.append(pair)
+        n += pair[0].numel()
+    if block:
+        yield block
+
+
+@torch.no_grad()
 def truncate_updates_(
     parameters: Sequence[Tensor],
     before: Sequence[Tensor],
     masks: Sequence[Tensor],
-    truncation: float,
+    truncation: float | Tensor,
 ) -> None:
     r"""Scale what an optimizer did to to-be-pruned entries by r, in place.
 
@@ -116,7 +226,7 @@ def truncate_updates_(
             place.
         before: The same entries as they were before it; overwritten, they are not needed any more.
         masks: For each parameter a bool mask of its shape, **True = kept**.
-        truncation: *r*, in [0, 1].
+        truncation: *r*, in [0, 1], or a scalar tensor that holds it.
 
     Example:
         >>> parameter, before = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
@@ -125,7 +235,8 @@ def truncate_updates_(
         tensor([2.0000, 1.2500])
     """
     for parameter, old, mask in zip(parameters, before, masks, strict=True):
-        torch.where(mask, parameter, old.lerp_(parameter, truncation), out=parameter)
+        share = truncation.to(old.dtype) if isinstance(truncation, Tensor) else truncation
+        torch.where(mask, parameter, old.lerp_(parameter, share), out=parameter)
 
 
 def is_normalising(optimizer: Optimizer) -> bool:
