@@ -186,6 +186,8 @@ def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = Fa
         for name, value in settings.items():
             setattr(threshold, name, value)
         net, opt = build(layout, which, after, sample_every=None, **case)
+        with torch.no_grad():  # an evaluation leaves whole parameters in FSDP's root module
+            net.eval()(batch_of(0)[0])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             opt.sample()
@@ -214,10 +216,9 @@ def trained(
     net, opt = build(layout, which, after, **options)
     for step in range(steps):
         train(net, opt, range(step, step + 1))
-        if step == steps // 2:  # an evaluation leaves whole parameters in FSDP's root module
-            net.eval()
+        if step == steps // 2:
             with torch.no_grad():
-                net(batch_of(0)[0])
+                net.eval()(batch_of(0)[0])
             net.train()
         if prune and opt.converged and step > steps - 6:
             opt.prune()
@@ -426,6 +427,29 @@ def applied(layout: str) -> dict[str, Tensor]:
         apply_ticket_(other, each)
         results[name] = whole(other.attn.q_proj.weight)
     return results
+
+
+def consolidated(steps: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Save a search on top of ZeRO's optimizer, load it elsewhere, and train both on."""
+    outcomes = []
+    path = f"{folder}/checkpoint.pt"
+    for resume in (False, True):
+        net = new_net()
+        base = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
+        opt = WormOptimizer(base, net, QueryKeySelector(), **{**OPTIONS, "sample_every": 2})
+        if resume:
+            checkpoint = torch.load(path, weights_only=True)
+            net.load_state_dict(checkpoint["net"])
+            opt.load_state_dict(checkpoint["opt"])
+        else:
+            train(net, opt, range(steps))
+            opt.consolidate_state_dict(to=0)
+            if torch.distributed.get_rank() == 0:
+                torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, path)
+            torch.distributed.barrier()
+        train(net, opt, range(steps, 2 * steps))
+        outcomes.append(outcome(net, opt))
+    return tuple(outcomes)
 
 
 def replicated(steps: int, zero: bool, **options: Any) -> dict[str, Any]:

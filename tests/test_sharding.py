@@ -77,6 +77,19 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path, before, after
     assert all_equal(run_on_ranks(after, job), (halfway, alone))
 
 
+def test_a_checkpoint_of_two_meshes_resumes_on_one(tmp_path):
+    """Split over columns and shards, saved, loaded on two shards, the search goes on."""
+    which = "queries and keys"
+    job = functools.partial(jobs.saved, "tp+fsdp", which, 8, str(tmp_path))
+    saved = run_on_ranks(4, job)
+    job = functools.partial(jobs.resumed, "fsdp", which, range(8, 20), str(tmp_path))
+    results = run_on_ranks(2, job)
+
+    assert all_equal([loaded for loaded, _ in results], saved[0])
+    assert results[0][1]["history"][: len(saved[0]["history"])] == saved[0]["history"]
+    assert len(results[0][1]["history"]) > len(saved[0]["history"])
+
+
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_a_whole_state_goes_between_one_process_and_ranks(broadcast):
     """What is gathered for one file loads unsharded, and what is saved unsharded loads sharded."""
@@ -154,3 +167,10 @@ def test_replicas_draw_the_same_masks_without_traffic(n, zero):
     if n == 2:
         alone = jobs.trained("plain", "queries and keys", 20, **jobs.OPTIONS)
         assert difference(results[0]["history"], alone["history"]) == ""
+
+
+def test_a_search_on_top_of_zeros_optimizer_resumes(tmp_path):
+    """Consolidated on rank 0, saved, and loaded on all ranks, it goes on bit for bit."""
+    for whole, resumed in run_on_ranks(2, jobs.consolidated, 7, str(tmp_path)):
+        assert difference(resumed, whole) == ""
+        assert "truncating" in {row[-1] for row in whole["history"]}
