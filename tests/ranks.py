@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +36,18 @@ def run_on_ranks(n: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         ]
         for rank in ranks:
             rank.start()
-        for rank in ranks:
-            rank.join(_PATIENCE)
+        deadline = time.monotonic() + _PATIENCE
+        while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            if any(rank.exitcode for rank in ranks):  # the others will wait for it in vain
+                deadline = min(deadline, time.monotonic() + 3)
         hanging = [i for i, rank in enumerate(ranks) if rank.is_alive()]
         for rank in ranks:
             rank.kill()
         failures = sorted(Path(folder).glob("*.error"))
         if failures:
             raise AssertionError("\n".join(each.read_text() for each in failures))
-        if hanging:
+        if hanging or any(rank.exitcode for rank in ranks):
             raise AssertionError(f"Ranks {hanging} of {n} hang in {job}{args}.")
         return [
             torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(n)

@@ -38,9 +38,10 @@ CASES = [
 )
 def test_masks_of_sharded_weights_are_those_of_one_process(n, layout, which):
     """Uneven and empty shards, two meshes, ties over ranks: masks and distances are equal."""
-    alone = jobs.drawn("plain", which, CASES)
+    cases = CASES[:2] if n == 4 else CASES
+    alone = jobs.drawn("plain", which, cases)
 
-    for result in run_on_ranks(n, jobs.drawn, layout, which, CASES):
+    for result in run_on_ranks(n, jobs.drawn, layout, which, cases):
         assert difference(result, alone) == ""
 
 
@@ -49,9 +50,14 @@ def all_equal(results, expected):
     return [difference(result, expected) for result in results] == [""] * len(results)
 
 
-@pytest.mark.parametrize(("n", "layout"), [(2, "fsdp"), (4, "hybrid")])
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("truncate", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("n", "layout", "truncate", "after"),
+    [
+        (2, "fsdp", "gradient", False),
+        (2, "fsdp", "update", True),
+        (4, "hybrid", "gradient", True),
+    ],
+)
 def test_training_sharded_is_training_alone(n, layout, truncate, after):
     """Weights, masks, history and ticket are equal; means of equal gradients are exact here."""
     options = {**jobs.OPTIONS, "truncate": truncate, "prune": True}
@@ -63,8 +69,10 @@ def test_training_sharded_is_training_alone(n, layout, truncate, after):
     assert all_equal(run_on_ranks(n, job), alone)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("before", "after", "flatten"),
+    [(1, 2, True), (2, 4, False), (4, 1, True), (2, 2, False), (2, 2, True)],
+)
 def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path, before, after, flatten):
     """Loaded on more or fewer ranks, or unsharded, the search is the same and finds its ticket."""
     which, how = "queries and keys", {"flatten_optimizer_state_dict": flatten}

@@ -228,7 +228,7 @@ class WormOptimizer(OptimizerWrapper):
         self._model = model
         self._strengths: dict[torch.device, Tensor] = {}
         self._shards: dict[int, Shard] = {}
-        self._sharded_names: set[str] = set()
+        self._shard_of_name: dict[str, Shard] = {}
         # A meta-device model says how many entries there will be, and not yet where.
         device = self._parameter(self._representatives[0].name).device
         with torch.inference_mode(False):  # Later masks could not be written to it otherwise.
@@ -521,7 +521,7 @@ class WormOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is found again when it is needed, and holds process groups."""
-        return {**super().__getstate__(), "_shards": {}}
+        return {**super().__getstate__(), "_shards": {}, "_shard_of_name": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer; the representatives stay as they are."""
@@ -674,8 +674,10 @@ class WormOptimizer(OptimizerWrapper):
         ``convert_sync_batchnorm`` put new parameters and modules in the places of old ones.
         """
         parameter: Tensor = attrgetter(name)(self._model)
-        if name in self._sharded_names and not is_distributed(parameter):
-            reshard_(self._model)  # a forward pass without a backward left the whole one here
+        known = self._shard_of_name.get(name)
+        if known is not None and not known.is_of(parameter):
+            # A forward pass without a backward may have left there what FSDP cuts into shards.
+            reshard_(self._model)
             parameter = attrgetter(name)(self._model)
         if type(parameter) is Tensor:
             raise RuntimeError(
@@ -709,7 +711,7 @@ class WormOptimizer(OptimizerWrapper):
                         f"{part.name!r} goes with {representative.name!r}, and is not sharded in "
                         "the same way. Shard both alike, or select without followers."
                     )
-                self._sharded_names.add(part.name)
+                self._shard_of_name[part.name] = found
             self._shards[index] = known = found
         return known
 

@@ -140,8 +140,8 @@ class Shard:
     placements: tuple[Any, ...]
 
     def is_of(self, parameter: Tensor) -> bool:
-        """Whether this is still how a parameter, a DTensor, is spread."""
-        return bool(
+        """Whether this is how a parameter is spread."""
+        return is_distributed(parameter) and bool(
             parameter.device_mesh == self.mesh  # type: ignore[attr-defined]
             and parameter.placements == self.placements  # type: ignore[attr-defined]
         )
