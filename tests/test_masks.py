@@ -180,6 +180,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(threshold, "_SAMPLE", 6)
     monkeypatch.setattr(masks_module, "_PART", 3)
     monkeypatch.setattr(masks_module, "_GLANCE", 2)
+    monkeypatch.setattr(masks_module, "_FEW", 2)
     monkeypatch.setattr(threshold, "_DEVIATIONS", 0.7)
 
 
@@ -323,8 +324,11 @@ def test_masks_of_two_shapes_have_no_distance():
 # Older rows were once shifted in a copy, so that windows of more than eight forgot.
 @example([[True]] * 12, 9)
 @example([[False], [True]] * 10, 17)
-def test_window_distances_equal_the_distances_one_by_one(sequence, window):
+@pytest.mark.parametrize("few", [0, 1 << 15])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_window_distances_equal_the_distances_one_by_one(monkeypatch, few, sequence, window):
     """One pass over the packed window gives what comparing the masks two by two gives."""
+    monkeypatch.setattr(masks_module, "_FEW", few)
     bits = new_window(len(sequence[0]), window)
     for mask in sequence:
         push_mask_(bits, torch.tensor(mask))

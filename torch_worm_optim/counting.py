@@ -17,6 +17,9 @@ _FEW = 16 * _ROWS
 # Bits above this one are moved down before they are added: too few would fill a lane.
 _HIGHEST = 4
 
+with torch.inference_mode(False):
+    _BITS_OF = (torch.arange(256, device="cpu") >> torch.arange(8, device="cpu")[:, None]) & 1
+
 
 def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
     """For each of some bits, how many bytes have it set.
@@ -44,11 +47,11 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         n_words = max(0, len(values) - start) // (_ROWS * _BYTES) * _ROWS
         end = start + n_words * _BYTES
         if n_words < _FEW:
-            singles.append(_count_one_by_one(values, bits))
+            singles.append(count_all_bits(values)[list(bits)])
             continue
         for rest in (values[:start], values[end:]):
             if len(rest):
-                singles.append(_count_one_by_one(rest, bits))
+                singles.append(count_all_bits(rest)[list(bits)])
         words = values[start:end].view(torch.int64)
         if room is None or len(room) < n_words:
             room = torch.empty_like(words)
@@ -67,6 +70,20 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
     return singles[0] if len(singles) == 1 else torch.stack(singles).sum(0)
 
 
-def _count_one_by_one(values: Tensor, bits: Sequence[int]) -> Tensor:
-    places = torch.tensor(bits, dtype=torch.uint8, device=values.device)
-    return (values >> places[:, None]).bitwise_and_(1).sum(1)
+def count_all_bits(values: Tensor) -> Tensor:
+    """How many bytes have each bit set, from how often each of the 256 bytes occurs: for few bytes.
+
+    Args:
+        values: uint8 tensor of shape ``(n,)``.
+
+    Returns:
+        int64 tensor of shape ``(8,)``, the lowest bit first.
+
+    Example:
+        >>> count_all_bits(torch.tensor([1, 2, 3], dtype=torch.uint8))
+        tensor([2, 2, 0, 0, 0, 0, 0, 0])
+    """
+    occurrences = values.bincount(minlength=1 << _BYTES)
+    if values.is_cuda:  # which multiplies no matrices of whole numbers
+        return (_BITS_OF.to(values.device) * occurrences).sum(1)
+    return torch.mv(_BITS_OF, occurrences)

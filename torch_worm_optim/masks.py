@@ -12,17 +12,19 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_worm_optim.counting import count_bits
+from torch_worm_optim.counting import count_all_bits, count_bits
 from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one, remove_lowest
 
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
 _PART = 240 << 12
+# So few are compared all at once.
+_FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.
-_GLANCE = 1 << 13
+_GLANCE = 1 << 15
 
 
 def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
@@ -125,6 +127,7 @@ class Held(NamedTuple):
     domain: Hashable
 
 
+@torch.no_grad()
 def compute_mask(
     entries: Mapping[str, Tensor],
     prune_ratio: float,
@@ -177,10 +180,7 @@ def compute_mask(
         raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
-    layers = [
-        _layer(tensor.detach(), held.get(name) if held else None)
-        for name, tensor in entries.items()
-    ]
+    layers = [_layer(tensor, held.get(name) if held else None) for name, tensor in entries.items()]
     if sum(layer.n for layer in layers) == 0:
         raise ValueError("There are no entries to rank: every representative is empty.")
     try:
@@ -239,12 +239,13 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     domains, add_up = _domains([layer.held for layer in layers])
     # Most often a glance at the first few of each is enough to know.
     for at_most in sorted({_GLANCE, max(_GLANCE, *sizes)}):
-        if kept.numel() <= at_most:  # few in all
-            ends = torch.tensor(list(accumulate(sizes, initial=0)), device=kept.device)
-            counts = nn.functional.pad(kept.cumsum(0), (1, 0))[ends].diff()
-        else:
-            parts = torch.split(kept, sizes)
-            counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
+        if kept.numel() <= at_most and add_up is add_up_one:  # few in all
+            lasts = torch.tensor([max(0, end - 1) for end in accumulate(sizes)], device=kept.device)
+            up_to = kept.cumsum(0)[lasts].tolist()
+            before = [0, *up_to[:-1]]
+            return all(n - m >= q for n, m, q in zip(up_to, before, quotas, strict=True))
+        parts = torch.split(kept, sizes)
+        counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
         if add_up is not add_up_one:
             of_domains = []
             for members in domains:
@@ -277,9 +278,15 @@ def _domains(shares: Sequence[Held | None]) -> tuple[list[list[int]], AddUp]:
 
 def _remove_lowest(layers: list[_Layer], count: int, aside: list[Tensor] | None = None) -> Mask:
     """Mask without the ``count`` lowest entries not set aside, the earlier first among equals."""
-    domains, add_up = _domains([layer.held for layer in layers])
-    begins = list(accumulate((layer.n for layer in layers), initial=0))
     device = layers[0].entries.device
+    domains, add_up = _domains([layer.held for layer in layers])
+    if add_up is add_up_one:
+        spared = None if aside is None else torch.cat([each.to(device) for each in aside])
+        positions = None if spared is None else spared.nonzero().view(-1)
+        place = Scores([layer.entries for layer in layers], aside=positions, device=device)
+        selection = remove_lowest([place], count)
+        return Mask(selection.kept[0], selection.n_tied)
+    begins = list(accumulate((layer.n for layer in layers), initial=0))
     places = []
     for members in domains:
         own = [layers[index] for index in members]
@@ -288,7 +295,7 @@ def _remove_lowest(layers: list[_Layer], count: int, aside: list[Tensor] | None 
         places.append(
             Scores(
                 [layer.entries for layer in own],
-                None if add_up is add_up_one else partial(_positions, own, starts),
+                partial(_positions, own, starts),
                 None if spared is None else spared.nonzero().view(-1),
                 device,
             )
@@ -469,15 +476,17 @@ def window_differences(window: Tensor, n_held: int) -> Tensor:
         >>> window_differences(window, n_held=3)
         tensor([1, 2])
     """
+    if window.shape[1] <= _FEW:
+        flip = (window[0] & 1).neg_()
+        by_age = [count_all_bits(row ^ flip) for row in window]
+        return (torch.cat(by_age) if len(by_age) > 1 else by_age[0])[1:n_held].flip(0)
     counts = []
     for number, row in enumerate(window):
         ages = range(max(1, number * _BITS), min(n_held, (number + 1) * _BITS))
         if ages:
             flipped = _flipped(window[0], row)
-            counts.append(count_bits(flipped, [age % _BITS for age in ages]))
-    if not counts:
-        return torch.zeros(0, dtype=torch.int64, device=window.device)
-    return torch.cat(counts).flip(0)
+            counts.append(count_bits(flipped, [age % _BITS for age in reversed(ages)]))
+    return torch.cat(counts[::-1]) if counts else window.new_zeros(0, dtype=torch.int64)
 
 
 def _flipped(newest: Tensor, row: Tensor) -> Iterator[Tensor]:

@@ -44,6 +44,7 @@ _CROWDED = 1 / 16
 _RADIX = 10
 
 _COARSE_INF = 0x7F80
+_EXACT_INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 _WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 AddUp = Callable[[Sequence[Tensor]], Tensor]
@@ -94,9 +95,10 @@ class Scores:
         self.positions = positions or (lambda here: here)
         self.aside = aside
         self.device = device or self.entries[0].device
-        self.ends = [0, *accumulate(tensor.numel() for tensor in self.entries)]
+        self.ends = list(accumulate([tensor.numel() for tensor in self.entries], initial=0))
         self.n = self.ends[-1]
-        self.wide = any(t.dtype in (torch.float64, torch.complex128) for t in self.entries)
+        self.kinds = {(tensor.dtype, tensor.device) for tensor in self.entries}
+        self.wide = any(kind in (torch.float64, torch.complex128) for kind, _ in self.kinds)
         self.size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -149,8 +151,8 @@ class Scores:
         Args:
             dtype: As in :meth:`chunks`.
         """
-        flat = [each.reshape(-1) for each in self.entries]
-        if any(each.dtype != dtype or each.device != self.device for each in flat):
+        flat = [each if each.ndim == 1 else each.reshape(-1) for each in self.entries]
+        if self.kinds != {(dtype, self.device)}:
             flat = [
                 (each.abs() if each.is_complex() else each).to(self.device, dtype) for each in flat
             ]
@@ -302,7 +304,7 @@ def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddU
     for scores, (suspect,) in zip(places, suspects, strict=True):
         n_bad = 0
         if suspect:
-            infinity = _key_of(math.inf, exact)
+            infinity = _EXACT_INF[exact]
             plain = Scores(scores.entries, device=scores.device)  # what is set aside is infinite
             n_bad = sum(int((keys >= infinity).sum()) for _, keys in plain.chunks(exact))
         bad.append([n_bad])
@@ -310,18 +312,14 @@ def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddU
         raise NotFiniteError
 
 
-def _key_of(number: float, dtype: torch.dtype) -> int:
-    return int(torch.tensor(number, dtype=dtype, device="cpu").view(_WHOLE[dtype]))
-
-
 def _remove_lowest_of_few(scores: Scores, count: int) -> Selection:
     exact = _exact([scores])
     keys = scores.all_keys(exact)
-    highest = keys.amax() if scores.aside is None else keys.new_zeros(())
+    highest = keys.amax() if scores.aside is None else 0
     threshold = keys.kthvalue(count).values
     kept = keys > threshold
-    top, n_kept = torch.stack([highest, kept.sum()]).tolist()
-    if top >= _key_of(math.inf, exact):
+    n_kept = int(kept.sum())
+    if int(highest) >= _EXACT_INF[exact]:
         raise NotFiniteError
     if scores.n - count == n_kept and scores.aside is None:
         return Selection([kept], 0)
