@@ -62,7 +62,9 @@ class _Softmaxes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        softmaxes = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+        softmaxes = [torch.ops.aten._softmax.default]
+        if hasattr(torch.ops.aten, "_safe_softmax"):  # from torch 2.5 on
+            softmaxes.append(torch.ops.aten._safe_softmax.default)
         # Reformer divides by a sum of exponentials itself.
         by_hand = func is torch.ops.aten.exp.default and _BY_HAND.search(self.running[-1])
         if by_hand or (func in softmaxes and args[1] in (-1, result.ndim - 1)):  # over positions

@@ -23,36 +23,36 @@ if not hasattr(fsdp, "fully_shard"):
     pytest.skip("needs FSDP2", allow_module_level=True)
 
 
-def torchrun(n, out, *arguments):
-    """What the example comes to on so many ranks: its exit code, its lines, results and ticket."""
+def torchrun(n, out, code, *arguments):
+    """Run the example on so many ranks, to this exit code; what it says, its results and ticket."""
     # Large batches, so that an epoch has few steps; the CPU, though there be GPUs.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={n}", str(EXAMPLE), f"--out={out}", "--batch-size=168"]
-    command += ["--stopping-point=0.1", "--margin=0.05", "--retrain-epochs=1", *arguments]
+    command += ["--stopping-point=0.14", "--margin=0.05", "--retrain-epochs=1", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
     results = json.loads((out / "results.json").read_text())
     ticket = torch.load(out / "ticket.pt", weights_only=True)
-    return done.returncode, done.stdout + done.stderr, results, ticket
+    return said, results, ticket
 
 
 def test_a_run_stopped_on_two_ranks_finds_its_ticket_on_one(tmp_path):
     """The search goes on where it was, and what was drawn before is still known."""
-    code, said, before, ticket = torchrun(2, tmp_path, "--max-epochs=5")
-    assert code == 1, said
+    said, before, ticket = torchrun(2, tmp_path, 1, "--max-epochs=5")
     assert "No ticket within 5 epochs" in said
     assert (before["ranks"], before["epochs"], ticket) == (2, 5, {})
     assert [row[0] for row in before["distances"]] == [8, 16, 24, 32, 40]
     assert before["distances"][-1][-1] == "truncating"
 
-    code, said, after, ticket = torchrun(1, tmp_path, "--resume")
-    assert code == 0, said
+    said, after, ticket = torchrun(1, tmp_path, 0, "--resume")
     assert "epoch 5:" not in said
     assert after["distances"][:5] == before["distances"]
     step, largest, _, phase = after["distances"][-1]
     assert (after["ranks"], after["epochs"]) == (1, step // 8 + 1)
     assert phase == "converged"
-    assert largest < 0.1
+    assert largest < 0.14
 
     assert sorted(ticket) == sorted(
         f"blocks.{block}.attn.{name}.weight" for block in (0, 1) for name in ("q_proj", "k_proj")
@@ -60,7 +60,5 @@ def test_a_run_stopped_on_two_ranks_finds_its_ticket_on_one(tmp_path):
     assert all(mask.shape == (64, 64) for mask in ticket.values())
     n = sum(mask.numel() for mask in ticket.values())
     assert sum(int(mask.sum()) for mask in ticket.values()) == n - round(0.7 * n)
-        0.7 * 4 * 64 * 64
-    )
     assert after["scores"]["before pruning"] > 80
     assert after["scores"]["in the end"] > 80

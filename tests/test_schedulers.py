@@ -14,6 +14,9 @@ from training import loss_of, same, small_cnn, train, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer
 
+# In torch 2.4 SequentialLR does what torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")
+
 N_STEPS = 24
 SEARCH = {"sample_every": 3, "window": 3, "stopping_point": 1.0, "trigger": "always"}
 
@@ -115,6 +118,8 @@ def test_a_scheduler_drives_the_base(name):
 @pytest.mark.parametrize("name", MAKE)
 def test_a_scheduled_search_resumes(name):
     """Saved with its scheduler in each phase and loaded, a run keeps its bits, rates included."""
+    if name == "SWALR" and torch.__version__.startswith("2.4."):
+        pytest.skip("in torch 2.4 the state of SWALR holds a function, which is not safe to load")
     whole = build(name)
     model, opt, _ = whole
     used = advance(*whole, range(12))

@@ -90,7 +90,8 @@ def test_bytes_of_the_window_truncate_as_multipliers_do(
 
 def test_the_kernel_truncates_as_multipliers_do(tmp_path):
     """Run by Triton's interpreter, the kernel for CUDA gives the bits of the plain twin."""
-    pytest.importorskip("triton")
+    if pytest.importorskip("triton").__version__.startswith("3.0."):
+        pytest.skip("the interpreter of Triton 3.0 stores nothing into tensors on the host")
     script = tmp_path / "kernel.py"
     script.write_text(
         """

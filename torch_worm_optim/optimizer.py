@@ -39,6 +39,7 @@ from torch_worm_optim.selectors import (
     default_selector,
     select,
 )
+from torch_worm_optim.selectors.selection import check_visible
 from torch_worm_optim.sharding import (
     Shard,
     is_distributed,
@@ -730,6 +731,7 @@ class WormOptimizer(OptimizerWrapper):
             names = " and ".join(dict.fromkeys(part.name for part in representative.ranked))
             # Two representatives may be parts of one parameter.
             label = f"{names} (representative {index})" if names in ranked else names
+            check_visible(representative.name, self._parameter(representative.name))
             shard = self._shard(index)
             if shard is not None:
                 ranked[label] = shard.ranked(local(self._parameter(representative.name)))

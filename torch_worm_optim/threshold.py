@@ -31,13 +31,13 @@ from torch import Tensor
 from torch_worm_optim.counting import count_bits
 
 # Entries in a chunk: on the host what lies in a processor's cache, on a device few, large kernels.
-_HOST_CHUNK = 3 << 18
+_HOST_CHUNK = 5 << 17
 _DEVICE_CHUNK = 1 << 24
 # So many scores of one place are ranked at once.
 _FEW = 1 << 15
 # Scores in the sample, and how many standard deviations of its ranks lie on either side of it.
 _SAMPLE = 1 << 18
-_DEVIATIONS = 4.0
+_DEVIATIONS = 3.5
 # A bracket that holds more than this share of the sample is not worth noting one by one.
 _CROWDED = 1 / 16
 # Bits that a radix select looks at in a round, which sends 8 KiB of counts.

@@ -4,7 +4,7 @@ Plain torch needs a multiplier as large as the gradient, which is read as well; 
 of an entry from the window. It is imported only where there is such a device.
 """
 
-from __future__ import annotations
+# Annotations are objects here, not strings: Triton looks for `tl.constexpr` among them.
 
 import torch
 import triton

@@ -199,7 +199,20 @@ def _check_rankable(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"{name!r} is of {parameter.dtype}: only floating and complex parameters can be ranked."
         )
-    # What FSDP1 and ZeRO-3 have that other parameters do not.
+    check_visible(name, parameter)
+
+
+def check_visible(name: str, parameter: Tensor) -> None:
+    """Raise for a parameter whose entries another engine keeps elsewhere.
+
+    Args:
+        name: The parameter's name, for the message.
+        parameter: The parameter.
+
+    Raises:
+        RuntimeError: If it belongs to FSDP1 or ZeRO-3.
+    """
+    # What those have that other parameters do not.
     if any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "ds_id")):
         raise RuntimeError(
             f"{name!r} is sharded by FSDP1 or DeepSpeed ZeRO-3, which hide where its entries are. "
