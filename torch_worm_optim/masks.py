@@ -238,7 +238,8 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     sizes = [layer.entries.numel() for layer in layers]
     domains, add_up = _domains([layer.held for layer in layers])
     # Most often a glance at the first few of each is enough to know.
-    for at_most in sorted({_GLANCE, max(_GLANCE, *sizes)}):
+    # All ranks must look as often, whatever they hold.
+    for at_most in sorted({_GLANCE, max(_GLANCE, *(layer.n for layer in layers))}):
         if kept.numel() <= at_most and add_up is add_up_one:  # few in all
             lasts = torch.tensor([max(0, end - 1) for end in accumulate(sizes)], device=kept.device)
             up_to = kept.cumsum(0)[lasts].tolist()

@@ -706,6 +706,13 @@ class WormOptimizer(OptimizerWrapper):
             found = shard_of(representative.ranked[0], parameter)
             if found is None:
                 return None
+            owned = {id(p) for group in self.param_groups for p in group["params"]}
+            if id(parameter) not in owned:
+                raise RuntimeError(
+                    f"{representative.name!r} was sharded after the base optimizer was built, "
+                    "which still holds the parameter that it was before. Build the optimizer after "
+                    "sharding, or put the new parameters into its `param_groups`."
+                )
             for part in representative.reached:
                 if not spread_alike(self._parameter(part.name), parameter):
                     raise RuntimeError(
@@ -784,14 +791,6 @@ class WormOptimizer(OptimizerWrapper):
         window = self._search.window
         if window.shape[1] == sum(sizes):
             return
-        owned = {id(p) for group in self.param_groups for p in group["params"]}
-        for representative in self._representatives:
-            if id(self._parameter(representative.name)) not in owned:
-                raise RuntimeError(
-                    f"{representative.name!r} was sharded after the base optimizer was built, "
-                    "which still holds the parameter that it was before. Build the optimizer after "
-                    "sharding, or put the new parameters into its `param_groups`."
-                )
         parts = []
         for index, rows in enumerate(torch.split(window, self._all_sizes(), dim=1)):
             shard = self._shard(index)
