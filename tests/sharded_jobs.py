@@ -174,8 +174,8 @@ def outcome(net: nn.Module, opt: WormOptimizer) -> dict[str, Any]:
     }
 
 
-FEW = {name: getattr(threshold, name) for name in ("_CROWDED", "_HOST_CHUNK", "_DEVIATIONS")}
-MANY = {"_CROWDED": 0.9, "_HOST_CHUNK": 40, "_DEVIATIONS": 1.0}
+MANY = {"_CROWDED": 0.9, "_HOST_CHUNK": 40, "_LEAST_CHUNK": 40, "_DEVIATIONS": 1.0}
+FEW = {name: getattr(threshold, name) for name in MANY}
 """Settings with which a few entries go the ways that few go, and that millions go."""
 
 

@@ -176,6 +176,7 @@ def test_ratios_and_scopes_must_be_in_range(ratio):
 def _small_chunks(monkeypatch):
     """Chunks and samples so small that a few entries go every way that millions go."""
     monkeypatch.setattr(threshold, "_HOST_CHUNK", 8)
+    monkeypatch.setattr(threshold, "_LEAST_CHUNK", 8)
     monkeypatch.setattr(threshold, "_FEW", 4)
     monkeypatch.setattr(threshold, "_SAMPLE", 6)
     monkeypatch.setattr(masks_module, "_PART", 3)
@@ -289,7 +290,7 @@ def test_large_masks_of_awkward_scores_equal_a_sort(kind):
         assert torch.equal(expected, kept)
 
 
-@pytest.mark.parametrize("n", [100_000, 1_000_003])
+@pytest.mark.parametrize("n", [100_000, 1_000_003, 4_000_003])
 def test_large_masks_equal_a_sort(n):
     """At sizes of real networks the mask is still the one that a stable sort gives."""
     scores = torch.randn(n).abs().round(decimals=3)

@@ -30,13 +30,18 @@ from torch import Tensor
 
 from torch_worm_optim.counting import count_bits
 
-# Entries in a chunk: on the host what lies in a processor's cache, on a device few, large kernels.
-_HOST_CHUNK = 5 << 17
+# Entries in a chunk: on a device few, large kernels; on the host what lies in a processor's cache,
+# and of few scores a small share, since a chunk takes five bytes an entry.
 _DEVICE_CHUNK = 1 << 24
+_HOST_CHUNK = 1 << 20
+_LEAST_CHUNK = 1 << 19
+_CHUNKS = 24
 # So many scores of one place are ranked at once.
 _FEW = 1 << 15
-# Scores in the sample, and how many standard deviations of its ranks lie on either side of it.
+# Scores in the sample at most, and the share of all that it is otherwise; and how many standard
+# deviations of its ranks the bracket has on either side.
 _SAMPLE = 1 << 18
+_SAMPLED = 32
 _DEVIATIONS = 3.5
 # A bracket that holds more than this share of the sample is not worth noting one by one.
 _CROWDED = 1 / 16
@@ -99,7 +104,11 @@ class Scores:
         self.n = self.ends[-1]
         self.kinds = {(tensor.dtype, tensor.device) for tensor in self.entries}
         self.wide = any(kind in (torch.float64, torch.complex128) for kind, _ in self.kinds)
-        self.size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+        if self.device.type == "cpu":
+            # A multiple of eight, so that eight flags can be looked at as one word.
+            self.size = min(_HOST_CHUNK, max(_LEAST_CHUNK, self.n // _CHUNKS // 8 * 8))
+        else:
+            self.size = _DEVICE_CHUNK
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The position of each chunk, and its keys; the next chunk overwrites them.
@@ -221,7 +230,8 @@ def _nowhere(scores: Scores) -> Tensor:
 
 
 def _stride(n: int) -> int:
-    return max(1, n // _SAMPLE) | 1  # odd, so that it wanders over rows and columns
+    # Odd, so that it wanders over rows and columns.
+    return max(1, n // _SAMPLE, min(_SAMPLED, n // _FEW)) | 1
 
 
 def add_up_one(counts: Sequence[Tensor]) -> Tensor:
