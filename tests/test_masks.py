@@ -240,9 +240,11 @@ def test_numbers_that_round_to_infinity_are_finite():
 
     assert compute_mask({"w": scores}, 0.5).kept[7]
     scores[8] = -math.inf
-    for ratio in (0.0, 0.5):
+    equal = torch.full((100_000,), 0.5)  # so many that no bracket holds few
+    equal[9] = math.nan
+    for ratio, bad in itertools.product((0.0, 0.5), (scores, equal)):
         with pytest.raises(ValueError, match="'w': it has NaN or infinite"):
-            compute_mask({"w": scores}, ratio)
+            compute_mask({"w": bad}, ratio)
 
 
 @given(

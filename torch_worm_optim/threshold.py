@@ -259,15 +259,13 @@ def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_o
         Selection(kept=[tensor([ True, False,  True])], n_tied=2)
     """
     if count == 0:
-        highest = [
-            max((int(k.amax()) for _, k in s.chunks(torch.bfloat16)), default=0) for s in places
-        ]
-        _check_finite(places, highest, add_up)
+        _check_finite(places, [_highest(scores) for scores in places], add_up)
         return Selection([_all_kept(scores) for scores in places], 0)
     if add_up is add_up_one and places[0].n <= _FEW:
         return _remove_lowest_of_few(places[0], count)
     bracket = _bracket(places, count, add_up)
     if bracket is None:
+        _check_finite(places, [_highest(scores) for scores in places], add_up)
         return _remove_by_counting(places, count, add_up)
     passed = [_split(scores, *bracket) for scores in places]
     _check_finite(places, [each.highest for each in passed], add_up)
@@ -303,6 +301,10 @@ def _numbers(rows: Sequence[Sequence[int]], places: Sequence[Scores], add_up: Ad
     counts = [torch.tensor(row, device=s.device) for row, s in zip(rows, places, strict=True)]
     summed: list[int] = add_up(counts).tolist()
     return summed
+
+
+def _highest(scores: Scores) -> int:
+    return max((int(keys.amax()) for _, keys in scores.chunks(torch.bfloat16)), default=0)
 
 
 def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddUp) -> None:
