@@ -445,7 +445,11 @@ def applied(layout: str) -> dict[str, Tensor]:
     results = {}
     for name, each in (("sharded", ticket), ("whole", plain)):
         other = shard(new_net(), layout)
+        with torch.no_grad():  # after which FSDP's root module holds whole parameters
+            other(batch_of(0)[0])
         apply_ticket_(other, each)
+        if layout != "plain":
+            other.reshard()
         results[name] = whole(other.attn.q_proj.weight)
     return results
 

@@ -190,6 +190,7 @@ def spoil_distances(record):
         (lambda record: record.update(identity=None), "cannot be read"),
         (lambda record: record.update(identity="{}"), "saved for other masks"),
         (spoil_text, "cannot be read"),
+        (lambda record: record.update(pruned=True), "ticket is applied, and has none"),
         (spoil_window, r"no 1 tensors of shape \(12,\) for '4.weight'"),
         (spoil_rows, r"no 1 tensors of shape \(8,\) for '1.weight'"),
         (spoil_history, "cannot be read"),

@@ -157,6 +157,15 @@ def test_dtypes_beyond_the_usual_can_be_ranked(dtype):
     assert draw_mask({"w": weights}, 0.5) == [False, True, False, True]
 
 
+def test_numbers_of_eight_bits_that_are_bad_are_named():
+    """What torch cannot ask about eight-bit numbers is asked about wider ones."""
+    weights = torch.randn(100).to(torch.float8_e5m2)
+    weights[3] = math.nan
+
+    with pytest.raises(ValueError, match="'w': it has NaN or infinite"):
+        compute_mask({"w": weights}, 0.5)
+
+
 def test_nothing_to_rank_raises():
     """No entries, no mask."""
     with pytest.raises(ValueError, match="no entries to rank"):
@@ -200,6 +209,53 @@ def test_masks_in_chunks_equal_the_slow_twin(first, second, ratio, scope, min_ke
 
     assert reference_mask(as_lists(weights), ratio, scope, min_keep) == mask.kept.tolist()
     assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(*[st.integers(1, 5)] * 4, st.sampled_from("abcd")), min_size=1, max_size=3),
+    prune_ratios,
+    st.integers(0, 99),
+)
+# A contiguous piece of a strided tensor once overran what was left of a chunk.
+@example([(4, 3, 2, 5, "b")], 0.5, 0)
+def test_masks_of_parts_with_gaps_equal_the_slow_twin(cases, ratio, seed):
+    """Parts of tensors in every kind of memory layout are read as they are indexed."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for i, (*shape, kind) in enumerate(cases):
+        whole = torch.randn([2 * size for size in shape], generator=generator)
+        a, b, c, d = shape
+        parts = {
+            "a": lambda whole=whole: whole[::2],
+            "b": lambda whole=whole, b=b: whole[:, :b],
+            "c": lambda whole=whole, c=c: whole[:, :, c:],
+            "d": lambda whole=whole, a=a, d=d: whole[:a, ..., :d].transpose(1, 2),
+        }
+        weights[str(i)] = parts[kind]()
+
+    kept = draw_mask(weights, ratio)
+
+    assert kept == reference_mask(as_lists(weights), ratio, "global", 1)
+
+
+def test_numbers_near_nothing_rank_in_every_mode_of_the_processor():
+    """Where what is below the smallest normal number is flushed to zero, double ones still rank."""
+    scores = torch.randn(200_000, dtype=torch.float64)
+    tiny = torch.randperm(200_000)[:8000]
+    scores[tiny] = torch.pow(10.0, torch.empty(8000, dtype=torch.float64).uniform_(-60, -38))
+    order = torch.sort(scores.abs(), stable=True).indices
+
+    flushes = torch.set_flush_denormal(True)
+    try:
+        kept = compute_mask({"w": scores}, 0.02, min_keep=0).kept
+    finally:
+        torch.set_flush_denormal(False)
+
+    assert flushes
+    assert not kept[order[:4000]].any()
+    assert kept[order[4000:]].all()
 
 
 @pytest.mark.parametrize("sample", ["lowest", "highest"])

@@ -418,6 +418,7 @@ def wrap(selector, model=None, parameters=None):
             for part in (
                 (slice(0, 9),),  # past the end of 8 rows
                 (slice(2, 2),),
+                (slice(0, 0),),
                 ([0, 1],),  # a copy, not a view
                 (slice(None),) * 5,
             )

@@ -162,6 +162,10 @@ def read_record(
                 f"it is {_brief(here)}. Build the model and WormOptimizer as they were when it "
                 "was saved."
             )
+    if record["pruned"] and not (history and history[-1].phase.converged):
+        raise ValueError(
+            "The checkpoint says that its ticket is applied, and has none: load an earlier one."
+        )
     if any(len(sample.distances) not in (0, n_held - 1) for sample in history):
         raise ValueError(
             "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."

@@ -84,6 +84,6 @@ def count_all_bits(values: Tensor) -> Tensor:
         tensor([2, 2, 0, 0, 0, 0, 0, 0])
     """
     occurrences = values.bincount(minlength=1 << _BYTES)
-    if values.is_cuda:  # which multiplies no matrices of whole numbers
+    if values.device.type != "cpu":  # CUDA multiplies no matrices of whole numbers
         return (_BITS_OF.to(values.device) * occurrences).sum(1)
     return torch.mv(_BITS_OF, occurrences)

@@ -193,7 +193,7 @@ def compute_mask(
             for layer in layers
         ]
     except NotFiniteError as error:
-        bad = [n for n, t in entries.items() if not torch.isfinite(t.detach().abs()).all()]
+        bad = [name for name, tensor in entries.items() if not _is_finite(tensor)]
         what = f"{bad[0]!r}: it has" if bad else "the entries that another rank holds: they have"
         raise ValueError(
             f"Cannot rank {what} NaN or infinite entries, so a mask drawn from it would "
@@ -202,6 +202,11 @@ def compute_mask(
         ) from error
     kept = torch.cat([each.kept.to(layers[0].entries.device) for each in drawn])
     return Mask(kept, sum(each.n_tied for each in drawn))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    magnitudes = tensor.detach().abs() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    return bool(torch.isfinite(magnitudes).all())
 
 
 class _Layer(NamedTuple):
@@ -241,8 +246,10 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     # All ranks must look as often, whatever they hold.
     for at_most in sorted({_GLANCE, max(_GLANCE, *(layer.n for layer in layers))}):
         if kept.numel() <= at_most and add_up is add_up_one:  # few in all
-            lasts = torch.tensor([max(0, end - 1) for end in accumulate(sizes)], device=kept.device)
-            up_to = kept.cumsum(0)[lasts].tolist()
+            ends = list(accumulate(sizes))
+            lasts = torch.tensor([max(0, end - 1) for end in ends], device=kept.device)
+            counted = kept.cumsum(0)[lasts].tolist()
+            up_to = [n if end else 0 for n, end in zip(counted, ends, strict=True)]
             before = [0, *up_to[:-1]]
             return all(n - m >= q for n, m, q in zip(up_to, before, quotas, strict=True))
         parts = torch.split(kept, sizes)

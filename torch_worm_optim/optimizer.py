@@ -481,8 +481,10 @@ class WormOptimizer(OptimizerWrapper):
     def _load(self, state_dict: dict[str, Any]) -> None:
         plain, record = without_record(state_dict)
         # A plain checkpoint of the base optimizer has no record: the search starts afresh.
-        search = SearchRecord(0, False, [], new_window(sum(self._sizes()), self._rule.window))
-        if record is not None:
+        if record is None:
+            window = new_window(sum(self._sizes()), self._rule.window)
+            search = SearchRecord(0, False, [], window)
+        else:
             search = read_record(
                 record,
                 identity=self._masks_identity(),
@@ -571,19 +573,24 @@ class WormOptimizer(OptimizerWrapper):
         window and on how strongly it is applied, which :meth:`sample` writes between them.
         """
         phase = self.phase
+        device = self._search.window.device
+        if device not in self._strengths or (phase is Phase.PRUNED and not self._buffers):
+            raise RuntimeError(
+                "A CUDA graph is being recorded before the first step of this optimizer. Take a "
+                "few steps without it first, as torch.cuda.graph asks for anyway."
+            )
         if phase.converged or self._truncation == 1:
             loss = self._step_base(closure)
             if phase is Phase.PRUNED:
                 self._hold_at_zero()
             return loss
-        device = self._search.window.device
-        if device not in self._strengths:
-            raise RuntimeError(
-                "A CUDA graph is being recorded before the first step of this optimizer. Take a "
-                "few steps without it first, as torch.cuda.graph asks for anyway."
-            )
         strength = self._strengths[device]
         targets = self._targets()
+        if any(t.shard is not None and not t.is_in_window for t in targets):
+            raise RuntimeError(
+                "A CUDA graph cannot hold the truncation of a sharded parameter of which parts "
+                "with gaps between them are ranked. Keep `step()` out of the graph."
+            )
         if self._truncate == "update":
             entries = _entries(targets)
             before = [each.clone() for each in entries]
@@ -612,11 +619,7 @@ class WormOptimizer(OptimizerWrapper):
                 rows.append(row)
                 continue
             entries = target.reached(target.parameter.detach())
-            if target.shard is None:
-                spread = spread_mask(row, target.part.units, entries.shape)
-            else:
-                spread = target.shard.spread(row, entries, rest=1)
-            rows.append(spread.reshape(-1))
+            rows.append(spread_mask(row, target.part.units, entries.shape).reshape(-1))
         return rows
 
     def _strength_on(self, device: torch.device) -> Tensor:
@@ -625,7 +628,7 @@ class WormOptimizer(OptimizerWrapper):
         The same tensor for good: a recorded graph reads it at every replay.
         """
         if device not in self._strengths:
-            self._strengths[device] = torch.ones((), device=device)
+            self._strengths[device] = torch.ones((), dtype=torch.float32, device=device)
             self._set_strengths()
         return self._strengths[device]
 
@@ -882,7 +885,11 @@ class WormOptimizer(OptimizerWrapper):
         allocate nothing.
         """
         entries = _entries(targets)
-        if not self._buffers or not all(map(_fits, self._buffers, entries)):
+        device = self._search.window.device
+        if not self._buffers or not all(
+            _fits(buffers, each) and (buffers or each.device == device)
+            for buffers, each in zip(self._buffers, entries, strict=True)
+        ):
             few = sum(each.numel() for each in entries) <= _FEW
             self._buffers[:] = [
                 self._new_buffers(target, each, few)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_worm_optim.selectors.base import canonical_name
-from torch_worm_optim.sharding import local, local_part_of
+from torch_worm_optim.sharding import local, local_part_of, reshard_
 
 
 @torch.no_grad()
@@ -54,6 +54,7 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
         >>> model.weight.data
         tensor([1., 0., 1.])
     """
+    reshard_(model)  # an evaluation may have left whole parameters in the places of shards
     parameters = {
         canonical_name(name): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -49,6 +49,7 @@ _CROWDED = 1 / 16
 _RADIX = 10
 
 _COARSE_INF = 0x7F80
+_COARSE_NORMAL = 0x0080
 _EXACT_INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 _WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -122,7 +123,7 @@ class Scores:
             for piece in [tensor.view(-1)] if tensor.is_contiguous() else self._pieces(tensor):
                 while piece.numel():
                     room = len(buffer) - filled
-                    if room < piece.numel() and (room == 0 or not piece.is_contiguous()):
+                    if room < piece.numel() and (room == 0 or piece.ndim > 1):
                         yield start, self._finish(start, buffer[:filled])
                         start, filled, room = start + filled, 0, len(buffer)
                     part, piece = (
@@ -309,6 +310,8 @@ def _highest(scores: Scores) -> int:
 
 def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddUp) -> None:
     """Raise if a coarse key is that of no number; a number may have been rounded up to infinity."""
+    if any(scores.aside is not None for scores in places):
+        return  # what is set aside was found among scores that were looked at
     suspects = [[int(high >= _COARSE_INF)] for high in highest]
     if not _numbers(suspects, places, add_up)[0]:
         return
@@ -317,8 +320,7 @@ def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddU
         n_bad = 0
         if suspect:
             infinity = _EXACT_INF[exact]
-            plain = Scores(scores.entries, device=scores.device)  # what is set aside is infinite
-            n_bad = sum(int((keys >= infinity).sum()) for _, keys in plain.chunks(exact))
+            n_bad = sum(int((keys >= infinity).sum()) for _, keys in scores.chunks(exact))
         bad.append([n_bad])
     if _numbers(bad, places, add_up)[0]:
         raise NotFiniteError
@@ -328,7 +330,8 @@ def _remove_lowest_of_few(scores: Scores, count: int) -> Selection:
     exact = _exact([scores])
     keys = scores.all_keys(exact)
     highest = keys.amax() if scores.aside is None else 0
-    threshold = keys.kthvalue(count).values
+    # On CUDA kthvalue refuses to run where all is to be deterministic.
+    threshold = keys.sort().values[count - 1] if keys.is_cuda else keys.kthvalue(count).values
     kept = keys > threshold
     n_kept = int(kept.sum())
     if int(highest) >= _EXACT_INF[exact]:
@@ -375,7 +378,8 @@ def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, 
 
 def _exact_range(low: int, high: int, exact: torch.dtype) -> tuple[int, int]:
     """Exact keys between which all are that round to one of these coarse keys."""
-    ends = [max(0, low - 1), min(_COARSE_INF, high + 1)]
+    # Some processors and modes round what is below the smallest normal number to zero.
+    ends = [max(0, low - 1), min(_COARSE_INF, max(high + 1, _COARSE_NORMAL))]
     around = torch.tensor(ends, dtype=torch.int16, device="cpu")
     first, last = around.view(torch.bfloat16).to(exact).view(_WHOLE[exact]).tolist()
     return first, last

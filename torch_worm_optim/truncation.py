@@ -109,7 +109,8 @@ def truncate_removed_(
 
     Multipliers are made for some entries at a time, in the processor's cache, from the bytes in
     which the window holds the masks; on a CUDA device a kernel reads the bytes themselves. The bits
-    are those that the multipliers of :func:`fill_multiplier_` give.
+    are those that the multipliers of :func:`fill_multiplier_` give, but that a tensor holds *r* in
+    single precision, for double ones too.
 
     Args:
         gradients: Gradients, or views of the ranked part of them; ``None`` is passed over.

@@ -148,7 +148,9 @@ class OptimizerWrapper(Optimizer):
         if not rates or not on_host or any(rates):
             return False
         gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        return not any(gradient.any() for gradient in gradients if gradient is not None)
+        # All are asked: for a DTensor that is a collective call, which every rank must make.
+        moved = [bool(gradient.any()) for gradient in gradients if gradient is not None]
+        return not any(moved)
 
 
 @contextlib.contextmanager

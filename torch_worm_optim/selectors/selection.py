@@ -154,7 +154,7 @@ def _check_part(part: Representative, parameter: Tensor) -> None:
     fits = fits and all(
         bound is not None
         and 0 <= bound[0] < size
-        and bound[0] < (bound[1] or size) <= size
+        and bound[0] < (size if bound[1] is None else bound[1]) <= size
         and bound[2] > 0
         for bound, size in zip(bounds, shape, strict=False)
     )
