@@ -15,7 +15,6 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -456,6 +455,9 @@ def applied(layout: str) -> dict[str, Tensor]:
 
 def consolidated(steps: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Save a search on top of ZeRO's optimizer, load it elsewhere, and train both on."""
+    # Some releases of torch warn of themselves when this is imported.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     outcomes = []
     path = f"{folder}/checkpoint.pt"
     for resume in (False, True):
@@ -479,6 +481,8 @@ def consolidated(steps: int, folder: str) -> tuple[dict[str, Any], dict[str, Any
 
 def replicated(steps: int, zero: bool, **options: Any) -> dict[str, Any]:
     """Train under DDP, with the state of the base optimizer spread over ranks if asked."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     net = new_net()
     ddp = nn.parallel.DistributedDataParallel(net)
     if zero:
