@@ -70,6 +70,27 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
     return singles[0] if len(singles) == 1 else torch.stack(singles).sum(0)
 
 
+def count_flags(flags: Tensor) -> Tensor:
+    """How many of many flags are set, as :func:`count_bits` counts.
+
+    Args:
+        flags: Bool tensor of shape ``(n,)``, contiguous.
+
+    Returns:
+        int64 tensor of shape ``()``.
+
+    Example:
+        >>> count_flags(torch.tensor([True, False, True]))
+        tensor(2)
+    """
+    start = -flags.storage_offset() % _BYTES
+    n_words = max(0, len(flags) - start) // (_ROWS * _BYTES) * _ROWS
+    end = start + n_words * _BYTES
+    lanes = flags[start:end].view(torch.int64).view(_ROWS, -1).sum(0).view(torch.uint8)
+    rest = flags[:start].count_nonzero() + flags[end:].count_nonzero()
+    return lanes.sum(dtype=torch.int64) + rest
+
+
 def count_all_bits(values: Tensor) -> Tensor:
     """How many bytes have each bit set, from how often each of the 256 bytes occurs: for few bytes.
 

@@ -20,7 +20,7 @@ from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
-_PART = 240 << 12
+_PART = 240 << 13
 # So few are compared all at once.
 _FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.
@@ -247,11 +247,10 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     for at_most in sorted({_GLANCE, max(_GLANCE, *(layer.n for layer in layers))}):
         if kept.numel() <= at_most and add_up is add_up_one:  # few in all
             ends = list(accumulate(sizes))
-            lasts = torch.tensor([max(0, end - 1) for end in ends], device=kept.device)
-            counted = kept.cumsum(0)[lasts].tolist()
-            up_to = [n if end else 0 for n, end in zip(counted, ends, strict=True)]
-            before = [0, *up_to[:-1]]
-            return all(n - m >= q for n, m, q in zip(up_to, before, quotas, strict=True))
+            lasts = torch.tensor([end - 1 if end else 0 for end in ends], device=kept.device)
+            up_to = kept.cumsum(0).index_select(0, lasts).tolist()
+            before = [0, *(n if end else 0 for n, end in zip(up_to, ends, strict=True))]
+            return all(n - m >= q for n, m, q in zip(before[1:], before, quotas, strict=False))
         parts = torch.split(kept, sizes)
         counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
         if add_up is not add_up_one:
@@ -450,7 +449,8 @@ def window_distances(
         (0.5, 1.0)
     """
     if shares is None:
-        shares = [(window.shape[1], None)]
+        n_entries = window.shape[1]
+        return tuple(n / n_entries for n in window_differences(window, n_held).tolist())
     domains, add_up = _domains([held for _, held in shares])
     if len(domains) == 1:
         counts = [window_differences(window, n_held)]
@@ -485,9 +485,10 @@ def window_differences(window: Tensor, n_held: int) -> Tensor:
         tensor([1, 2])
     """
     if window.shape[1] <= _FEW:
-        flip = (window[0] & 1).neg_()
-        by_age = [count_all_bits(row ^ flip) for row in window]
-        return (torch.cat(by_age) if len(by_age) > 1 else by_age[0])[1:n_held].flip(0)
+        newest, *older = window.unbind()
+        flip = newest.bitwise_and(1).neg_()
+        by_age = [count_all_bits(row.bitwise_xor(flip)) for row in (newest, *older)]
+        return (torch.cat(by_age) if older else by_age[0])[1:n_held].flip(0)
     counts = []
     for number, row in enumerate(window):
         ages = range(max(1, number * _BITS), min(n_held, (number + 1) * _BITS))

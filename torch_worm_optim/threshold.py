@@ -28,14 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_worm_optim.counting import count_bits
+from torch_worm_optim.counting import count_flags
 
 # Entries in a chunk: on a device few, large kernels; on the host what lies in a processor's cache,
-# and of few scores a small share, since a chunk takes five bytes an entry.
+# and of few scores a small share, since a chunk takes four bytes an entry.
 _DEVICE_CHUNK = 1 << 24
 _HOST_CHUNK = 1 << 20
 _LEAST_CHUNK = 1 << 19
-_CHUNKS = 24
+_CHUNKS = 20
 # So many scores of one place are ranked at once.
 _FEW = 1 << 15
 # Scores in the sample at most, and the share of all that it is otherwise; and how many standard
@@ -287,7 +287,7 @@ def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_o
     equal = [each.inside[own == threshold] for each, own in zip(passed, keys, strict=True)]
     spared = _spared(places, equal, n_lost, n_equal, n, add_up)
     for each, own, rest in zip(passed, keys, spared, strict=True):
-        each.kept[each.inside[own > threshold]] = True
+        each.kept.index_copy_(0, each.inside, own > threshold)
         each.kept[rest] = True
     n_tied = _count_ties(places, threshold, n_lost, n_equal, add_up)
     return Selection([each.kept for each in passed], n_tied)
@@ -333,7 +333,7 @@ def _remove_lowest_of_few(scores: Scores, count: int) -> Selection:
     # On CUDA kthvalue refuses to run where all is to be deterministic.
     threshold = keys.sort().values[count - 1] if keys.is_cuda else keys.kthvalue(count).values
     kept = keys > threshold
-    n_kept = int(kept.sum())
+    n_kept = int(kept.count_nonzero())
     if int(highest) >= _EXACT_INF[exact]:
         raise NotFiniteError
     if scores.n - count == n_kept and scores.aside is None:
@@ -398,21 +398,20 @@ def _split(scores: Scores, low: int, high: int) -> _Split:
     kept = torch.empty(scores.n, dtype=torch.bool, device=scores.device)
     # A whole number of words, so that eight flags can be looked at as one.
     room = min(scores.size, -(-scores.n // 8) * 8)
-    compared = torch.empty(room, dtype=torch.int16, device=scores.device)
-    within = torch.zeros(room, dtype=torch.bool, device=scores.device)
-    highest, inside = [_nowhere(scores).new_zeros(1)], [_nowhere(scores)]
+    compared = torch.zeros(room, dtype=torch.int16, device=scores.device)
+    within = compared.view(torch.bool)[:room]  # what was compared is not needed any more by then
+    highest, inside = [_nowhere(scores).new_zeros((), dtype=torch.int16)], [_nowhere(scores)]
     for start, keys in scores.chunks(torch.bfloat16):
         m = len(keys)
         above, flags = kept[start : start + m], within[:m]
-        within[m:] = False
-        highest.append(keys.amax().long().view(1))
+        highest.append(keys.amax())
         # Comparisons that write numbers are as fast as arithmetic, those that write bools are not.
         above.copy_(torch.gt(keys, high, out=compared[:m]))
         flags.copy_(torch.ge(keys, low, out=keys))
         flags.view(torch.uint8).bitwise_xor_(above.view(torch.uint8))
+        within[m:] = False
         inside.append(_where(within).add_(start))
-    n_above = count_bits(torch.split(kept.view(torch.uint8), scores.size), [0])
-    numbers = torch.cat([n_above, torch.cat(highest).amax().view(1)]).tolist()
+    numbers = torch.stack([count_flags(kept), torch.stack(highest).amax().long()]).tolist()
     return _Split(kept, torch.cat(inside), *numbers)
 
 
