@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.__main__ import table
 from torch_worm_optim import ParameterSelector, WormOptimizer
+from torch_worm_optim.kernels import kernels_run
 from torch_worm_optim.masks import compute_mask, new_window, push_mask_, window_distances
 from torch_worm_optim.truncation import truncate_gradients_, truncate_removed_
 
@@ -63,20 +64,29 @@ def samples(weights: dict[str, Tensor], repeats: int) -> list[dict[str, object]]
         push_mask_(window, compute_mask(weights, 0.5).kept)
         return window_distances(window, WINDOW)
 
+    def kernels() -> object:
+        from torch_worm_optim.mask_kernel import draw_mask_
+
+        return draw_mask_(list(weights.values()), window, n // 2, [1] * len(weights), WINDOW - 1)
+
     works: dict[str, Callable[[], object]] = {
-        "ours": ours,
+        "plain operators": ours,
         "reading once": lambda: [weight.sum() for weight in weights.values()],
     }
+    if kernels_run(device):
+        works["kernels"] = kernels
     seconds = medians(works, repeats, device)
     return [
         {
-            "work": f"sample, {n / 1e6:.0f} M entries",
-            "ours, ms": seconds["ours"],
+            "work": f"sample by {name}, {n / 1e6:.0f} M entries",
+            "ours, ms": seconds[name],
             "rival": "reading once",
             "rival, ms": seconds["reading once"],
-            "times the rival": seconds["ours"] / seconds["reading once"],
+            "times the rival": seconds[name] / seconds["reading once"],
             "goal": 5.0,
         }
+        for name in ("kernels", "plain operators")
+        if name in seconds
     ]
 
 

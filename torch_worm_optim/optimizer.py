@@ -22,6 +22,7 @@ from torch_worm_optim.checkpoint import (
     with_record,
     without_record,
 )
+from torch_worm_optim.kernels import kernels_run
 from torch_worm_optim.masks import (
     Held,
     compute_mask,
@@ -31,7 +32,7 @@ from torch_worm_optim.masks import (
     unit_magnitudes,
 )
 from torch_worm_optim.pruning import zero_removed_
-from torch_worm_optim.search import MaskSample, Phase, StoppingRule, observe_
+from torch_worm_optim.search import MaskSample, Phase, StoppingRule, decide, observe_
 from torch_worm_optim.selectors import (
     Representative,
     Selector,
@@ -375,33 +376,10 @@ class WormOptimizer(OptimizerWrapper):
             return self._search.history[-1]
         self._fit_window()
         ranked, shares = self._ranked(), self._shares()
-        mask, n_tied = compute_mask(
-            ranked,
-            self._prune_ratio,
-            scope=self._scope,
-            min_keep=self._min_keep,
-            held={name: held for name, (_, held) in zip(ranked, shares, strict=True) if held},
-        )
-        n_entries = sum(self._all_sizes())
-        if n_tied > _MANY_TIES * n_entries:
-            self._warn_once(
-                "ties",
-                f"{n_tied} of {n_entries} entries tie for the mask: they have the very same "
-                "magnitude and only their order decides which go. Freshly initialised BatchNorm "
-                "scales are all 1 and do this. Let training move them before the first mask (a "
-                "larger `sample_every`), or check that the selected parameters are trained at all.",
-            )
-        if self._search.window.device != mask.device:
-            with torch.inference_mode(False):
-                self._search.window = self._search.window.to(mask.device)
-        sample = observe_(
-            self._search.window,
-            mask,
-            step=self._search.step,
-            history=self._search.history,
-            rule=self._rule,
-            shares=shares,
-        )
+        drawn = self._drawn_at_once(list(ranked.values()), shares)
+        if drawn is None:
+            drawn = self._drawn(ranked, shares)
+        sample, n_tied = drawn
         self._search.history.append(sample)
         if sample.phase.converged:
             self._buffers.clear()
@@ -417,7 +395,68 @@ class WormOptimizer(OptimizerWrapper):
                 sample.max_distance,
                 sample.mean_distance,
             )
+        n_entries = sum(self._all_sizes())
+        if n_tied > _MANY_TIES * n_entries:
+            self._warn_once(
+                "ties",
+                f"{n_tied} of {n_entries} entries tie for the mask: they have the very same "
+                "magnitude and only their order decides which go. Freshly initialised BatchNorm "
+                "scales are all 1 and do this. Let training move them before the first mask (a "
+                "larger `sample_every`), or check that the selected parameters are trained at all.",
+            )
         return sample
+
+    def _drawn(
+        self, ranked: dict[str, Tensor], shares: list[tuple[int, Held | None]]
+    ) -> tuple[MaskSample, int]:
+        """A new mask, put into the window: what follows from it, and how many entries tie."""
+        mask, n_tied = compute_mask(
+            ranked,
+            self._prune_ratio,
+            scope=self._scope,
+            min_keep=self._min_keep,
+            held={name: held for name, (_, held) in zip(ranked, shares, strict=True) if held},
+        )
+        if self._search.window.device != mask.device:
+            with torch.inference_mode(False):
+                self._search.window = self._search.window.to(mask.device)
+        sample = observe_(
+            self._search.window,
+            mask,
+            step=self._search.step,
+            history=self._search.history,
+            rule=self._rule,
+            shares=shares,
+        )
+        return sample, n_tied
+
+    def _drawn_at_once(
+        self, entries: list[Tensor], shares: list[tuple[int, Held | None]]
+    ) -> tuple[MaskSample, int] | None:
+        """The same, where one kernel after the other can do it; None where that cannot be."""
+        window, n = self._search.window, sum(entry.numel() for entry in entries)
+        count = round(self._prune_ratio * n)
+        if (
+            self._scope != "global"
+            or count == 0
+            or any(held for _, held in shares)
+            or not kernels_run(window.device)
+        ):
+            return None
+        from torch_worm_optim.mask_kernel import can_draw, draw_mask_
+
+        if not can_draw(entries, window):
+            return None
+        quotas = [min(self._min_keep, entry.numel()) for entry in entries]
+        drawn = draw_mask_(entries, window, count, quotas, self._rule.window - 1)
+        if drawn is None:
+            return None
+        full = len(self._search.history) + 1 >= self._rule.window
+        distances = tuple(differing / n for differing in drawn.differences) if full else ()
+        sample = decide(
+            distances, step=self._search.step, history=self._search.history, rule=self._rule
+        )
+        return sample, drawn.n_tied
 
     @_untraced
     def prune(self) -> None:
@@ -628,6 +667,7 @@ class WormOptimizer(OptimizerWrapper):
         The same tensor for good: a recorded graph reads it at every replay.
         """
         if device not in self._strengths:
+            kernels_run(device)  # what has to be tried cannot be while a graph is recorded
             self._strengths[device] = torch.ones((), dtype=torch.float32, device=device)
             self._set_strengths()
         return self._strengths[device]

@@ -146,6 +146,29 @@ def observe_(
     push_mask_(window, mask)
     full = len(history) + 1 >= rule.window
     distances = window_distances(window, rule.window, shares) if full else ()
+    return decide(distances, step=step, history=history, rule=rule)
+
+
+def decide(
+    distances: tuple[float, ...], *, step: int, history: Sequence[MaskSample], rule: StoppingRule
+) -> MaskSample:
+    """What follows from the distances of a mask that is in the window.
+
+    Args:
+        distances: From the newest mask to each older one, oldest first; empty while the window is
+            not full.
+        step: Optimizer steps taken so far.
+        history: The samples before this one, oldest first.
+        rule: When to truncate and when to stop.
+
+    Returns:
+        The new sample.
+
+    Example:
+        >>> sample = decide((0.2, 0.05), step=600, history=[], rule=StoppingRule(window=3))
+        >>> sample.max_distance, sample.phase
+        (0.2, <Phase.TRUNCATING: 'truncating'>)
+    """
     return MaskSample(
         step=step,
         distances=distances,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from torch_worm_optim.kernels import kernels_run
 
 # Optimizers that normalise a gradient by its own history, sign or spectrum, by what their class
 # names have in common, since most of them live in other packages.
@@ -171,7 +172,7 @@ def _has_kernel(gradient: Tensor) -> bool:
         gradient.is_cuda
         and gradient.is_contiguous()
         and gradient.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and find_spec("triton") is not None
+        and kernels_run(gradient.device)
     )
 
 
