@@ -20,7 +20,7 @@ from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
-_PART = 240 << 13
+_PART = 240 << 12
 # So few are compared all at once.
 _FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.

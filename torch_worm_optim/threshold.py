@@ -35,7 +35,7 @@ from torch_worm_optim.counting import count_flags
 _DEVICE_CHUNK = 1 << 24
 _HOST_CHUNK = 1 << 20
 _LEAST_CHUNK = 1 << 19
-_CHUNKS = 20
+_CHUNKS = 24
 # So many scores of one place are ranked at once.
 _FEW = 1 << 15
 # Scores in the sample at most, and the share of all that it is otherwise; and how many standard
