@@ -95,6 +95,26 @@ def test_the_kernels_compile_for_devices_that_are_not_here(dtype, capability):
         assert wide or kernel is mask_kernel._sample
 
 
+def test_kernels_are_left_alone_with_what_they_are_not_made_for():
+    """They take addresses and sizes, and would read something else."""
+    pytest.importorskip("triton")
+    from torch_worm_optim.mask_kernel import can_draw
+
+    class Packed(torch.Tensor):
+        """As quantised weights are: not what lies at its address."""
+
+    plain, window = torch.zeros(8, 8), new_window(64, 5)
+    assert can_draw([plain], window)
+    assert can_draw([torch.nn.Parameter(plain.bfloat16())], window)
+    assert not can_draw([plain.double()], window)
+    assert not can_draw([plain.T[:, :4]], window)
+    assert not can_draw([plain.view(-1)[1:]], window)
+    assert not can_draw([plain, plain.half()], window)
+    assert not can_draw([plain.as_subclass(Packed)], window)
+    assert not can_draw([plain], new_window(64, 9))
+    assert not can_draw([plain.to("meta")], window)
+
+
 def test_no_kernels_run_where_there_is_no_such_device():
     """Nothing is tried, and nothing is warned of."""
     with warnings.catch_warnings():

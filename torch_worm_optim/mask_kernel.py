@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 _BLOCK = 4096
 _WARPS = 8
@@ -202,7 +202,8 @@ def can_draw(entries: Sequence[Tensor], window: Tensor) -> bool:
         and 0 < window.shape[1] < 1 << 31
         and entries[0].dtype in _INFINITY
         and all(
-            each.dtype == entries[0].dtype
+            type(each) in (Tensor, nn.Parameter)  # others may hold their numbers elsewhere
+            and each.dtype == entries[0].dtype
             and each.device == window.device
             and each.is_contiguous()
             and each.data_ptr() % _ALIGNED == 0
@@ -243,12 +244,10 @@ def draw_mask_(
     host = [[t.data_ptr(), b, b + s, end - blocks] for t, b, s, blocks, end in rows]
     # What is copied so is on its way before the host goes on, and not waited for.
     table = torch.tensor([*zip(*host, strict=True)], device="cpu").T.contiguous()
-    lasts = torch.tensor([n_blocks, block_ends], device="cpu").to(device, non_blocking=True)
+    last_blocks = torch.tensor(block_ends, device="cpu").to(device, non_blocking=True)
     table = table.to(device, non_blocking=True)
-    tensor_of_block = torch.repeat_interleave(
-        torch.arange(len(entries), dtype=torch.int32, device=device),
-        lasts[0],
-        output_size=block_ends[-1],
+    tensor_of_block = torch.bucketize(
+        torch.arange(block_ends[-1], device=device), last_blocks, out_int32=True, right=True
     )
     made = torch.empty_like(table[:1, 0]).new_full
     with torch.cuda.device_of(window):  # type: ignore[no-untyped-call]
@@ -296,7 +295,7 @@ def draw_mask_(
             num_warps=_WARPS,
         )
     kept = (counts[:, 0] & 0xFFFF).cumsum(0)
-    kept = torch.cat([kept.new_zeros(1), kept]).index_select(0, lasts[1])
+    kept = torch.cat([kept.new_zeros(1), kept]).index_select(0, last_blocks)
     of_regions = n_inside[:, 0]
     found = [seen[:, 1].amax().long(), of_regions.amax().long(), of_regions.sum(), rank]
     halves = [(counts & 0xFFFF).sum(0), (counts >> 16).sum(0)]
