@@ -208,7 +208,7 @@ def waits(weights: dict[str, Tensor]) -> list[dict[str, object]]:
             torch.cuda.set_sync_debug_mode("warn")
             work()
             torch.cuda.set_sync_debug_mode("default")
-        n = sum("synchroniz" in str(each.message) for each in caught)
+        n = sum("called a synchronizing" in str(each.message) for each in caught)
         rows.append({"work": f"waits for the device in a {name}", "times": n, "goal": goal})
     return rows
 

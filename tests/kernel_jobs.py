@@ -109,6 +109,18 @@ def gives_up():
         assert draw_mask_(weights, window, 1500, quotas, 4) is None
         assert torch.equal(window, before)
     weights[0][5] = 1.0
+
+    def interrupted(tensor):
+        raise KeyboardInterrupt
+
+    usual, torch.Tensor.tolist = torch.Tensor.tolist, interrupted
+    try:
+        draw_mask_(weights, window, 1500, [0, 0], 4)
+    except KeyboardInterrupt:
+        assert torch.equal(window, before)
+    else:
+        raise AssertionError
+    torch.Tensor.tolist = usual
     # What the sample does not see all lies inside the bracket, or above it.
     mask_kernel._SAMPLE = 1 << 8
     stride = 3050 // mask_kernel._SAMPLE | 1

@@ -36,6 +36,7 @@ from torch_worm_optim import (
     WormOptimizer,
 )
 from torch_worm_optim import optimizer as optimizer_module
+from torch_worm_optim.truncation import truncate_removed_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
 
@@ -702,6 +703,31 @@ def test_a_captured_step_follows_the_masks_that_are_drawn_between_replays(trunca
         torch.testing.assert_close(one, other)
 
 
+def test_kernels_are_loaded_before_a_graph_is_recorded(monkeypatch):
+    """On a device they are launched in the first step with gradients, and change none of them."""
+    model, opt = wrapped()
+    monkeypatch.setattr("torch_worm_optim.optimizer.kernels_run", lambda device: True)
+    launched = []
+
+    def truncate(gradients, rows, strength):
+        launched.append(float(strength))
+        truncate_removed_(gradients, rows, strength)
+
+    monkeypatch.setattr("torch_worm_optim.optimizer.truncate_removed_", truncate)
+    opt._load_kernels()
+    assert launched == []  # there are no gradients yet
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    for _ in range(2):
+        opt._load_kernels()
+
+    assert launched == [1.0]
+    for gradient, parameter in zip(before, model.parameters(), strict=True):
+        assert torch.equal(gradient, parameter.grad)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 def test_cuda_steps_between_samples_do_not_wait(truncate):

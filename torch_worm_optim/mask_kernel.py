@@ -46,7 +46,7 @@ _ALIGNED = 16
 def _magnitudes(entries, real):  # type: ignore[no-untyped-def]
     """The bits of magnitudes, which are in the order of the numbers; 0 where there is none."""
     keys = tl.load(entries, real, other=0)
-    if keys.dtype.primitive_bitwidth == 16:
+    if tl.constexpr(keys.dtype.primitive_bitwidth) == 16:  # older versions need it said
         keys = keys.to(tl.int32) << 16
     return keys & 0x7FFFFFFF
 
@@ -207,6 +207,7 @@ def can_draw(entries: Sequence[Tensor], window: Tensor) -> bool:
             and each.device == window.device
             and each.is_contiguous()
             and each.data_ptr() % _ALIGNED == 0
+            and (each.data_ptr() != 0 or each.numel() == 0)  # not given back, as offloading does
             for each in entries
         )
     )
@@ -242,7 +243,7 @@ def draw_mask_(
     even = all(size % 16 == 0 for size in sizes)
     rows = zip(entries, begins, sizes, n_blocks, block_ends, strict=False)
     host = [[t.data_ptr(), b, b + s, end - blocks] for t, b, s, blocks, end in rows]
-    # What is copied so is on its way before the host goes on, and not waited for.
+    # Copied so, some thousand numbers are on their way before the host goes on, and not waited for.
     table = torch.tensor([*zip(*host, strict=True)], device="cpu").T.contiguous()
     last_blocks = torch.tensor(block_ends, device="cpu").to(device, non_blocking=True)
     table = table.to(device, non_blocking=True)
@@ -294,12 +295,16 @@ def draw_mask_(
             block=_BLOCK,
             num_warps=_WARPS,
         )
-    kept = (counts[:, 0] & 0xFFFF).cumsum(0)
-    kept = torch.cat([kept.new_zeros(1), kept]).index_select(0, last_blocks)
-    of_regions = n_inside[:, 0]
-    found = [seen[:, 1].amax().long(), of_regions.amax().long(), of_regions.sum(), rank]
-    halves = [(counts & 0xFFFF).sum(0), (counts >> 16).sum(0)]
-    numbers = torch.cat([torch.stack(found), *halves, kept]).tolist()
+    try:
+        kept = (counts[:, 0] & 0xFFFF).cumsum(0)
+        kept = torch.cat([kept.new_zeros(1), kept]).index_select(0, last_blocks)
+        of_regions = n_inside[:, 0]
+        found = [seen[:, 1].amax().long(), of_regions.amax().long(), of_regions.sum(), rank]
+        halves = [(counts & 0xFFFF).sum(0), (counts >> 16).sum(0)]
+        numbers = torch.cat([torch.stack(found), *halves, kept]).tolist()
+    except BaseException:  # out of memory, or interrupted: a mask that nobody is told of
+        window.bitwise_right_shift_(1)
+        raise
 
     top, fullest, inside, rank_inside = numbers[:4]
     lower, upper = numbers[4 : 4 + n_words], numbers[4 + n_words : 4 + 2 * n_words]

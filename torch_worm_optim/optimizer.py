@@ -243,6 +243,7 @@ class WormOptimizer(OptimizerWrapper):
         self._search = SearchRecord(step=0, pruned=False, history=[], window=held)
         self._buffers: list[tuple[Tensor, ...]] = []
         self._warned: set[str] = set()
+        self._kernels_loaded: list[bool] = []
         self._hold_place()
         if self._truncation < 1 and self._truncate == "gradient" and is_normalising(base_optim):
             warnings.warn(
@@ -343,6 +344,7 @@ class WormOptimizer(OptimizerWrapper):
         phase = self.phase
         if self._search.window.is_cuda:
             self._strength_on(self._search.window.device)  # a graph may be recorded next
+            self._load_kernels()
         if phase is not Phase.TRUNCATING or self._truncation == 1:
             loss = self._step_base(closure)
         elif self._truncate == "gradient":
@@ -590,10 +592,7 @@ class WormOptimizer(OptimizerWrapper):
     def _truncate_gradients(self) -> None:
         targets = self._targets()
         self._warn_if_inert(targets)
-        gradients = [
-            None if target.parameter.grad is None else target.reached(target.parameter.grad)
-            for target in targets
-        ]
+        gradients = _gradients(targets)
         buffers = self._mask_buffers(targets)
         held = [i for i, buffer in enumerate(buffers) if buffer]
         truncate_gradients_([gradients[i] for i in held], [buffers[i][0] for i in held])
@@ -642,13 +641,34 @@ class WormOptimizer(OptimizerWrapper):
             return loss
 
         def truncate() -> None:
-            gradients = [
-                None if target.parameter.grad is None else target.reached(target.parameter.grad)
-                for target in targets
-            ]
-            truncate_removed_(gradients, self._spread_bytes(targets), strength)
+            truncate_removed_(_gradients(targets), self._spread_bytes(targets), strength)
 
         return self._step_after(closure, truncate)
+
+    def _load_kernels(self) -> None:
+        """Launch once what a recorded step launches, on the gradients of this step.
+
+        A kernel is loaded at its first launch, which cannot be while a graph is recorded. Gradients
+        times one are what they were.
+        """
+        device = self._search.window.device
+        if (
+            self._kernels_loaded
+            or self._truncate != "gradient"
+            or self._truncation == 1
+            or self.phase.converged
+            or not kernels_run(device)
+        ):
+            return
+        targets = self._targets()
+        gradients = _gradients(targets)
+        if any(t.shard is not None and not t.is_in_window for t in targets) or not all(
+            each is not None and each.device == device and not each.is_sparse for each in gradients
+        ):
+            return
+        one = torch.ones((), dtype=torch.float32, device=device)
+        truncate_removed_(gradients, self._spread_bytes(targets), one)
+        self._kernels_loaded.append(True)
 
     def _spread_bytes(self, targets: list[Target]) -> list[Tensor]:
         """For each target the bytes of its entries, made from those of units where it has some."""
@@ -990,6 +1010,14 @@ class WormOptimizer(OptimizerWrapper):
 def _entries(targets: list[Target]) -> list[Tensor]:
     """The entries of each target that the mask reaches, as views."""
     return [target.reached(target.parameter.detach()) for target in targets]
+
+
+def _gradients(targets: list[Target]) -> list[Tensor | None]:
+    """The gradient of the same entries, as views; None where there is none."""
+    return [
+        None if target.parameter.grad is None else target.reached(target.parameter.grad)
+        for target in targets
+    ]
 
 
 def _fits(buffers: tuple[Tensor, ...], entries: Tensor) -> bool:

@@ -134,7 +134,7 @@ def truncate_removed_(
         if gradient.is_sparse:
             kept = row.view(gradient.shape)[tuple(gradient._indices())] & 1
             gradient._values().mul_(_multiplier_(kept.to(gradient.dtype.to_real()), truncation))
-        elif isinstance(truncation, Tensor) and _has_kernel(gradient):
+        elif isinstance(truncation, Tensor) and _has_kernel(gradient, row, truncation):
             from torch_worm_optim.truncation_kernel import scale_removed_
 
             scale_removed_(gradient, row, truncation)
@@ -167,9 +167,11 @@ def _multiplier_(kept: Tensor, truncation: float | Tensor) -> Tensor:
     return kept.clamp_(min=truncation)
 
 
-def _has_kernel(gradient: Tensor) -> bool:
+def _has_kernel(gradient: Tensor, row: Tensor, strength: Tensor) -> bool:
     return (
         gradient.is_cuda
+        and type(gradient) is Tensor  # a subclass may hold its numbers elsewhere
+        and gradient.device == row.device == strength.device
         and gradient.is_contiguous()
         and gradient.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and kernels_run(gradient.device)
