@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_worm_optim import masks as masks_module
 from torch_worm_optim import threshold
-from torch_worm_optim.counting import count_bits
+from torch_worm_optim.counting import count_bits, count_flags
 from torch_worm_optim.masks import (
     compute_mask,
     mask_distance,
@@ -322,6 +322,15 @@ def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
     counted = count_bits(torch.split(values[start:], part), bits).tolist()
 
     assert counted == [int((values[start:].numpy() >> bit & 1).sum()) for bit in bits]
+
+
+@given(st.integers(0, 20_000), st.integers(0, 9), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0))
+@example(200_000, 3, 1.0, 0)  # every lane as full as it gets, words that do not begin at the flags
+def test_flags_are_counted_as_one_by_one(n, start, share, seed):
+    """Wherever they lie in memory, however many: a wrong count would only make a mask slower."""
+    flags = torch.rand(start + n, generator=torch.Generator().manual_seed(seed % 2**63)) < share
+
+    assert int(count_flags(flags[start:])) == sum(flags[start:].tolist())
 
 
 @pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])

@@ -43,9 +43,8 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
     singles: list[Tensor] = []
     room = None
     for values in parts:
-        start = -values.storage_offset() % _BYTES  # words must lie at whole words
-        n_words = max(0, len(values) - start) // (_ROWS * _BYTES) * _ROWS
-        end = start + n_words * _BYTES
+        start, end = _whole_words(values)
+        n_words = (end - start) // _BYTES
         if n_words < _FEW:
             singles.append(count_all_bits(values)[list(bits)])
             continue
@@ -83,12 +82,19 @@ def count_flags(flags: Tensor) -> Tensor:
         >>> count_flags(torch.tensor([True, False, True]))
         tensor(2)
     """
-    start = -flags.storage_offset() % _BYTES
-    n_words = max(0, len(flags) - start) // (_ROWS * _BYTES) * _ROWS
-    end = start + n_words * _BYTES
+    start, end = _whole_words(flags)
+    if start == end:
+        return flags.count_nonzero()
     lanes = flags[start:end].view(torch.int64).view(_ROWS, -1).sum(0).view(torch.uint8)
     rest = flags[:start].count_nonzero() + flags[end:].count_nonzero()
     return lanes.sum(dtype=torch.int64) + rest
+
+
+def _whole_words(values: Tensor) -> tuple[int, int]:
+    """Where the bytes begin and end that make up words, and these whole lanes."""
+    start = -int(values.storage_offset()) % _BYTES  # words must lie at whole words
+    n_lanes = max(0, len(values) - start) // (_ROWS * _BYTES)
+    return start, start + n_lanes * _ROWS * _BYTES
 
 
 def count_all_bits(values: Tensor) -> Tensor:

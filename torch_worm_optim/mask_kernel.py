@@ -244,13 +244,12 @@ def draw_mask_(
     rows = zip(entries, begins, sizes, n_blocks, block_ends, strict=False)
     host = [[t.data_ptr(), b, b + s, end - blocks] for t, b, s, blocks, end in rows]
     # Copied so, some thousand numbers are on their way before the host goes on, and not waited for.
-    table = torch.tensor([*zip(*host, strict=True)], device="cpu").T.contiguous()
+    table = torch.tensor(host, device="cpu").to(device, non_blocking=True)
     last_blocks = torch.tensor(block_ends, device="cpu").to(device, non_blocking=True)
-    table = table.to(device, non_blocking=True)
     tensor_of_block = torch.bucketize(
         torch.arange(block_ends[-1], device=device), last_blocks, out_int32=True, right=True
     )
-    made = torch.empty_like(table[:1, 0]).new_full
+    made = table.new_full
     with torch.cuda.device_of(window):  # type: ignore[no-untyped-call]
         # The sample
         stride = max(1, n // _SAMPLE) | 1

@@ -243,7 +243,7 @@ class WormOptimizer(OptimizerWrapper):
         self._search = SearchRecord(step=0, pruned=False, history=[], window=held)
         self._buffers: list[tuple[Tensor, ...]] = []
         self._warned: set[str] = set()
-        self._kernels_loaded: list[bool] = []
+        self._kernels_loaded: list[bool] = []  # not empty once they are
         self._hold_place()
         if self._truncation < 1 and self._truncate == "gradient" and is_normalising(base_optim):
             warnings.warn(
@@ -662,12 +662,15 @@ class WormOptimizer(OptimizerWrapper):
             return
         targets = self._targets()
         gradients = _gradients(targets)
-        if any(t.shard is not None and not t.is_in_window for t in targets) or not all(
-            each is not None and each.device == device and not each.is_sparse for each in gradients
-        ):
+        found = [each for each in gradients if each is not None]
+        if not found:
             return
-        one = torch.ones((), dtype=torch.float32, device=device)
-        truncate_removed_(gradients, self._spread_bytes(targets), one)
+        # What else there may be cannot be recorded, and is not launched by kernels.
+        if all(each.device == device and not each.is_sparse for each in found) and all(
+            t.shard is None or t.is_in_window for t in targets
+        ):
+            one = torch.ones((), dtype=torch.float32, device=device)
+            truncate_removed_(gradients, self._spread_bytes(targets), one)
         self._kernels_loaded.append(True)
 
     def _spread_bytes(self, targets: list[Target]) -> list[Tensor]:
