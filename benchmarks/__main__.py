@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_worm_optim import ParameterSelector, WormOptimizer
+from torch_worm_optim.mask_pass import can_draw, draw_mask_
 from torch_worm_optim.masks import compute_mask, new_window, push_mask_, window_distances
 
 WINDOW = 5
@@ -60,7 +61,12 @@ class Ours:
         self.window = new_window(sum(w.numel() for w in weights.values()), WINDOW)
 
     def __call__(self) -> tuple[float, ...]:
-        """Draw, put in, compare."""
+        """Draw, put in, compare, as `WormOptimizer.sample` does."""
+        entries, n = list(self.weights.values()), self.window.shape[1]
+        if can_draw(entries, self.window):
+            drawn = draw_mask_(entries, self.window, n // 2, [1] * len(entries), WINDOW - 1)
+            if drawn is not None:
+                return tuple(differing / n for differing in drawn.differences)
         push_mask_(self.window, compute_mask(self.weights, 0.5).kept)
         return window_distances(self.window, WINDOW)
 

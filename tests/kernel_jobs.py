@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import drawing
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,40 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import BASES, same, small_cnn, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer, mask_kernel, optimizer
-from torch_worm_optim.mask_kernel import can_draw, draw_mask_
-from torch_worm_optim.masks import compute_mask, new_window, push_mask_, window_distances
+from torch_worm_optim.mask_kernel import draw_mask_
+from torch_worm_optim.masks import new_window
 
 HALF = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def check_equal(entries, ratio, window, min_keep, may_give_up):
-    """One mask after the other, until the window is full, is that of the ordinary way."""
-    weights = [tensor.contiguous() for tensor in entries.values()]
-    n = sum(tensor.numel() for tensor in weights)
-    quotas = [min(min_keep, tensor.numel()) for tensor in weights]
-    bits, twin = new_window(n, window), new_window(n, window)
-    gave_up = 0
-    for n_held in range(1, window + 2):
-        assert can_draw(weights, bits)
-        mask = compute_mask(entries, ratio, min_keep=min_keep)
-        before = bits.clone()
-        push_mask_(twin, mask.kept)
-        drawn = draw_mask_(weights, bits, round(ratio * n), quotas, window - 1)
-        if drawn is None:
-            gave_up += 1
-            assert may_give_up
-            assert torch.equal(bits, before & 0x7F)
-            push_mask_(bits, mask.kept)
-        else:
-            assert drawn.n_tied == mask.n_tied
-            full = tuple(count / n for count in drawn.differences)
-            assert full == window_distances(twin, window)
-        assert torch.equal(bits, twin)
-        # Half of them change places.
-        for tensor in weights:
-            flat = tensor.view(-1)
-            flat[n_held % 2 :: 2] = flat[n_held % 2 :: 2].flip(0)
-    return gave_up
+def check_equal(entries, *args, **options):
+    """Kernels take what is contiguous."""
+    contiguous = {name: tensor.contiguous() for name, tensor in entries.items()}
+    return drawing.check_equal(mask_kernel, contiguous, *args, **options)
 
 
 def equal():

@@ -186,7 +186,7 @@ def _small_chunks(monkeypatch):
     """Chunks and samples so small that a few entries go every way that millions go."""
     monkeypatch.setattr(threshold, "_HOST_CHUNK", 8)
     monkeypatch.setattr(threshold, "_LEAST_CHUNK", 8)
-    monkeypatch.setattr(threshold, "_FEW", 4)
+    monkeypatch.setattr(threshold, "FEW", 4)
     monkeypatch.setattr(threshold, "_SAMPLE", 6)
     monkeypatch.setattr(masks_module, "_PART", 3)
     monkeypatch.setattr(masks_module, "_GLANCE", 2)
@@ -312,12 +312,15 @@ def test_numbers_that_round_to_infinity_are_finite():
 )
 @example([4, 0, 7], 3, 8 * 240 * 33 + 5, 90_000, 1)
 @example([0], 0, 8 * 240 * 44, 8 * 240 * 20 + 1, 0)
+@example([1], 0, 8 * 240 * 44, 90_000, 5)  # the highest lane's sum is a negative word
 def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
     """Lanes neither overflow nor miss a byte, wherever the bytes begin."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(256, (start + n,), dtype=torch.uint8, generator=generator)
     if seed % 2:
         values.fill_(255)
+    if seed % 3 == 2:  # some lanes are as full as they get, some are not
+        values[start + n // 3 :] = 0
 
     counted = count_bits(torch.split(values[start:], part), bits).tolist()
 

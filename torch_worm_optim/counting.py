@@ -14,8 +14,9 @@ _LANES = 0x0101010101010101
 _ROWS = 240
 # So few words are not worth the trouble.
 _FEW = 16 * _ROWS
-# Bits above this one are moved down before they are added: too few would fill a lane.
+# Bits above this one are moved down so far before they are added: too few would fill a lane.
 _HIGHEST = 4
+_DOWN = 3
 
 with torch.inference_mode(False):
     _BITS_OF = (torch.arange(256, device="cpu") >> torch.arange(8, device="cpu")[:, None]) & 1
@@ -39,34 +40,43 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         >>> count_bits([torch.tensor([1, 2, 3], dtype=torch.uint8)], [0, 1])
         tensor([2, 2])
     """
-    sums: list[list[Tensor]] = [[] for _ in bits]
+    # Bits that are counted at once, by how far they are moved down first.
+    groups = {
+        0: [bit for bit in bits if bit <= _HIGHEST],
+        _DOWN: [bit for bit in bits if bit > _HIGHEST],
+    }
+    groups = {moved: group for moved, group in groups.items() if group}
+    sums: dict[int, list[Tensor]] = {moved: [] for moved in groups}
     singles: list[Tensor] = []
     room = None
     for values in parts:
         start, end = _whole_words(values)
         n_words = (end - start) // _BYTES
         if n_words < _FEW:
-            singles.append(count_all_bits(values)[list(bits)])
+            singles.append(count_all_bits(values))
             continue
-        for rest in (values[:start], values[end:]):
-            if len(rest):
-                singles.append(count_all_bits(rest)[list(bits)])
+        singles += [count_all_bits(rest) for rest in (values[:start], values[end:]) if len(rest)]
         words = values[start:end].view(torch.int64)
-        if room is None or len(room) < n_words:
-            room = torch.empty_like(words)
-        lanes = room[:n_words]
-        for lane_sums, bit in zip(sums, bits, strict=True):
-            if bit > _HIGHEST:
-                torch.bitwise_right_shift(words, bit, out=lanes).bitwise_and_(_LANES)
-                lane_sums.append(lanes.view(_ROWS, -1).sum(0))
-            else:
-                torch.bitwise_and(words, _LANES << bit, out=lanes)
-                lane_sums.append(lanes.view(_ROWS >> bit, -1).sum(0))
-    if room is not None:
-        added = [torch.cat(each).view(torch.uint8).sum(dtype=torch.int64) for each in sums]
-        places = [0 if bit > _HIGHEST else bit for bit in bits]
-        singles.append(torch.stack([n >> p for n, p in zip(added, places, strict=True)]))
-    return singles[0] if len(singles) == 1 else torch.stack(singles).sum(0)
+        if room is None or len(room) < n_words * len(bits):
+            room = words.new_empty(n_words * len(bits))
+        for moved, group in groups.items():
+            places = [bit - moved for bit in group]
+            rows = _ROWS >> max(places)
+            down = torch.tensor(places, device=values.device)[:, None]
+            lanes = room[: n_words * len(group)].view(len(group), n_words)
+            torch.bitwise_and(words >> moved if moved else words, _LANES << down, out=lanes)
+            # As many as fit where the bits are; then, moved down, as many more as fit. What is
+            # moved is a number with a sign, which must not fill the highest lane.
+            few = lanes.view(len(group), rows, -1).sum(1).bitwise_right_shift_(down)
+            few &= torch.tensor([(1 << 64 - n) - 1 if n else -1 for n in places]).to(down)[:, None]
+            many = few.view(len(group), _ROWS // rows, -1).sum(1)
+            sums[moved].append(many.view(torch.uint8).sum(1, dtype=torch.int64))
+    totals = dict(enumerate(torch.stack(singles).sum(0))) if singles else {}
+    for moved, group in groups.items():
+        if sums[moved]:
+            for bit, count in zip(group, torch.stack(sums[moved]).sum(0), strict=True):
+                totals[bit] = totals[bit] + count if singles else count
+    return torch.stack([totals[bit] for bit in bits])
 
 
 def count_flags(flags: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ ordinary way; where both ways work the masks are the same. Imported only where k
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+from torch_worm_optim.masks import Drawn
 
 _BLOCK = 4096
 _WARPS = 8
@@ -176,18 +177,6 @@ def _push(  # type: ignore[no-untyped-def]
         age = 2 * word - 3
         both = ((differs >> age) | (differs << (15 - age))) & 0x00010001
         tl.store(counts + word, tl.sum(both, 0))
-
-
-class Drawn(NamedTuple):
-    """What a mask that is in the window by now is like.
-
-    Attributes:
-        n_tied: As in :class:`~torch_worm_optim.masks.Mask`.
-        differences: On how many entries it differs from each older mask, oldest first.
-    """
-
-    n_tied: int
-    differences: list[int]
 
 
 def can_draw(entries: Sequence[Tensor], window: Tensor) -> bool:

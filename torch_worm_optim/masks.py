@@ -20,11 +20,11 @@ from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one
 # A byte holds one bit for each of the last eight masks.
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
-_PART = 240 << 12
+_PART = 120 << 12
 # So few are compared all at once.
 _FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.
-_GLANCE = 1 << 15
+_GLANCE = 1 << 12
 
 
 def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
@@ -109,6 +109,18 @@ class Mask(NamedTuple):
 
     kept: Tensor
     n_tied: int
+
+
+class Drawn(NamedTuple):
+    """What is to be known of a mask that was put into the window as it was drawn.
+
+    Attributes:
+        n_tied: As in :class:`Mask`.
+        differences: On how many entries it differs from each older mask, oldest first.
+    """
+
+    n_tied: int
+    differences: list[int]
 
 
 class Held(NamedTuple):

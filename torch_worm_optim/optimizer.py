@@ -435,18 +435,15 @@ class WormOptimizer(OptimizerWrapper):
     def _drawn_at_once(
         self, entries: list[Tensor], shares: list[tuple[int, Held | None]]
     ) -> tuple[MaskSample, int] | None:
-        """The same, where one kernel after the other can do it; None where that cannot be."""
+        """The same, where the window can take it in as it is drawn; None where that cannot be."""
         window, n = self._search.window, sum(entry.numel() for entry in entries)
         count = round(self._prune_ratio * n)
-        if (
-            self._scope != "global"
-            or count == 0
-            or any(held for _, held in shares)
-            or not kernels_run(window.device)
-        ):
+        if self._scope != "global" or count == 0 or any(held for _, held in shares):
             return None
-        from torch_worm_optim.mask_kernel import can_draw, draw_mask_
-
+        if kernels_run(window.device):
+            from torch_worm_optim.mask_kernel import can_draw, draw_mask_
+        else:
+            from torch_worm_optim.mask_pass import can_draw, draw_mask_
         if not can_draw(entries, window):
             return None
         quotas = [min(self._min_keep, entry.numel()) for entry in entries]

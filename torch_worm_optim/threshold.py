@@ -37,18 +37,19 @@ _HOST_CHUNK = 1 << 20
 _LEAST_CHUNK = 1 << 19
 _CHUNKS = 24
 # So many scores of one place are ranked at once.
-_FEW = 1 << 15
+FEW = 1 << 15
 # Scores in the sample at most, and the share of all that it is otherwise; and how many standard
 # deviations of its ranks the bracket has on either side.
 _SAMPLE = 1 << 18
 _SAMPLED = 32
 _DEVIATIONS = 3.5
+_RUN = 8
 # A bracket that holds more than this share of the sample is not worth noting one by one.
 _CROWDED = 1 / 16
 # Bits that a radix select looks at in a round, which sends 8 KiB of counts.
 _RADIX = 10
 
-_COARSE_INF = 0x7F80
+COARSE_INF = 0x7F80
 _COARSE_NORMAL = 0x0080
 _EXACT_INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 _WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -112,7 +113,7 @@ class Scores:
             self.size = _DEVICE_CHUNK
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """The position of each chunk, and its keys; the next chunk overwrites them.
+        """The position of each chunk, and its keys; they may be overwritten, as by the next chunk.
 
         Args:
             dtype: bfloat16 for coarse keys, for exact ones the widest that is ranked.
@@ -186,7 +187,10 @@ class Scores:
         return _keys_(keys)
 
     def sample(self, stride: int, dtype: torch.dtype) -> Tensor:
-        """The keys of every ``stride``-th score, those set aside among them.
+        """The keys of one in ``stride`` scores, those set aside among them.
+
+        Large tensors are sampled in runs: most of the time goes into waiting for memory, which
+        comes in lines.
 
         Args:
             stride: At least 1.
@@ -195,7 +199,9 @@ class Scores:
         sampled = []
         for tensor, begin in zip(self.entries, self.ends, strict=False):
             offset = min(-begin % stride, tensor.numel())
-            if tensor.is_contiguous():
+            if tensor.is_contiguous() and tensor.numel() > _RUN * stride:
+                picked = tensor.view(-1).unfold(0, _RUN, _RUN * stride).reshape(-1)
+            elif tensor.is_contiguous():
                 picked = tensor.view(-1)[offset::stride]
             else:
                 positions = torch.arange(offset, tensor.numel(), stride, device=tensor.device)
@@ -232,7 +238,7 @@ def _nowhere(scores: Scores) -> Tensor:
 
 def _stride(n: int) -> int:
     # Odd, so that it wanders over rows and columns.
-    return max(1, n // _SAMPLE, min(_SAMPLED, n // _FEW)) | 1
+    return max(1, n // _SAMPLE, min(_SAMPLED, n // FEW)) | 1
 
 
 def add_up_one(counts: Sequence[Tensor]) -> Tensor:
@@ -262,9 +268,9 @@ def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_o
     if count == 0:
         _check_finite(places, [_highest(scores) for scores in places], add_up)
         return Selection([_all_kept(scores) for scores in places], 0)
-    if add_up is add_up_one and places[0].n <= _FEW:
+    if add_up is add_up_one and places[0].n <= FEW:
         return _remove_lowest_of_few(places[0], count)
-    bracket = _bracket(places, count, add_up)
+    bracket = find_bracket(places, count, add_up)
     if bracket is None:
         _check_finite(places, [_highest(scores) for scores in places], add_up)
         return _remove_by_counting(places, count, add_up)
@@ -281,16 +287,46 @@ def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_o
     rank = count - (n - n_above - n_inside)
     if not 0 < rank <= n_inside:
         return _remove_by_counting(places, count, add_up)
-    exact = _exact(places)
-    keys = [scores.keys_at(each.inside, exact) for scores, each in zip(places, passed, strict=True)]
-    threshold, n_lost, n_equal = _radix_select(keys, rank, add_up, _exact_range(*bracket, exact))
-    equal = [each.inside[own == threshold] for each, own in zip(passed, keys, strict=True)]
-    spared = _spared(places, equal, n_lost, n_equal, n, add_up)
-    for each, own, rest in zip(passed, keys, spared, strict=True):
-        each.kept.index_copy_(0, each.inside, own > threshold)
-        each.kept[rest] = True
-    n_tied = _count_ties(places, threshold, n_lost, n_equal, add_up)
+    stay, n_tied = keep_highest(places, [each.inside for each in passed], rank, bracket, n, add_up)
+    for each, positions in zip(passed, stay, strict=True):
+        each.kept.index_fill_(0, positions, True)
     return Selection([each.kept for each in passed], n_tied)
+
+
+def keep_highest(
+    places: Sequence[Scores],
+    inside: Sequence[Tensor],
+    rank: int,
+    bracket: tuple[int, int],
+    n: int,
+    add_up: AddUp = add_up_one,
+) -> tuple[list[Tensor], int]:
+    """Of the scores inside a bracket, which stay when the ``rank`` lowest of them go.
+
+    Args:
+        places: All scores, each in one place.
+        inside: For each place the positions of those inside, sorted.
+        rank: At least 1, and at most as many as there are inside.
+        bracket: What :func:`find_bracket` found.
+        n: How many scores there are in all places.
+        add_up: Adds int64 counts, one for each place, of one shape.
+
+    Returns:
+        For each place the positions of those that stay; and the ties, see :class:`Selection`.
+
+    Example:
+        >>> scores = Scores([torch.tensor([0.5, -0.25, 0.25])])
+        >>> keep_highest([scores], [torch.tensor([0, 1, 2])], 1, (0, 0x7F7F), 3)
+        ([tensor([0, 2])], 2)
+    """
+    exact = _exact(places)
+    keys = [scores.keys_at(each, exact) for scores, each in zip(places, inside, strict=True)]
+    threshold, n_lost, n_equal = _radix_select(keys, rank, add_up, _exact_range(*bracket, exact))
+    higher = [each[own > threshold] for each, own in zip(inside, keys, strict=True)]
+    equal = [each[own == threshold] for each, own in zip(inside, keys, strict=True)]
+    spared = _spared(places, equal, n_lost, n_equal, n, add_up)
+    n_tied = _count_ties(places, threshold, n_lost, n_equal, add_up)
+    return [torch.cat(both) for both in zip(higher, spared, strict=True)], n_tied
 
 
 def _all_kept(scores: Scores) -> Tensor:
@@ -312,7 +348,7 @@ def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddU
     """Raise if a coarse key is that of no number; a number may have been rounded up to infinity."""
     if any(scores.aside is not None for scores in places):
         return  # what is set aside was found among scores that were looked at
-    suspects = [[int(high >= _COARSE_INF)] for high in highest]
+    suspects = [[int(high >= COARSE_INF)] for high in highest]
     if not _numbers(suspects, places, add_up)[0]:
         return
     bad, exact = [], _exact(places)
@@ -356,8 +392,25 @@ def _count_ties(
     return n_tied if n_tied > n_lost else 0
 
 
-def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, int] | None:
-    """Two coarse keys that most likely have the threshold between them; None if all do."""
+def find_bracket(
+    places: Sequence[Scores], count: int, add_up: AddUp = add_up_one
+) -> tuple[int, int] | None:
+    """Two coarse keys that most likely have the threshold between them.
+
+    Args:
+        places: All scores, each in one place.
+        count: How many go, at least 1.
+        add_up: Adds int64 counts, one for each place, of one shape.
+
+    Returns:
+        The lowest and the highest key inside; None if so many scores are between them that they are
+        not worth noting.
+
+    Example:
+        >>> low, high = find_bracket([Scores([torch.linspace(0, 1, 1000)])], 500)
+        >>> low < torch.tensor(0.5).bfloat16().view(torch.int16) < high
+        tensor(True)
+    """
     [n] = _numbers([[scores.n] for scores in places], places, add_up)
     tables = [
         scores.sample(_stride(n), torch.bfloat16).int().bincount(minlength=1 << 15).int()
@@ -370,7 +423,7 @@ def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, 
     ends = [share * n_sampled - spread, share * n_sampled + spread]
     wanted = torch.tensor(ends, device="cpu")
     low, high = torch.searchsorted(ranks.float(), wanted, right=False).tolist()
-    high = min(high, _COARSE_INF)
+    high = min(high, COARSE_INF)
     if int(ranks[high]) - (int(ranks[low - 1]) if low else 0) > n_sampled * _CROWDED + 64:
         return None
     return low, high
@@ -379,7 +432,7 @@ def _bracket(places: Sequence[Scores], count: int, add_up: AddUp) -> tuple[int, 
 def _exact_range(low: int, high: int, exact: torch.dtype) -> tuple[int, int]:
     """Exact keys between which all are that round to one of these coarse keys."""
     # Some processors and modes round what is below the smallest normal number to zero.
-    ends = [max(0, low - 1), min(_COARSE_INF, max(high + 1, _COARSE_NORMAL))]
+    ends = [max(0, low - 1), min(COARSE_INF, max(high + 1, _COARSE_NORMAL))]
     around = torch.tensor(ends, dtype=torch.int16, device="cpu")
     first, last = around.view(torch.bfloat16).to(exact).view(_WHOLE[exact]).tolist()
     return first, last
@@ -410,13 +463,25 @@ def _split(scores: Scores, low: int, high: int) -> _Split:
         flags.copy_(torch.ge(keys, low, out=keys))
         flags.view(torch.uint8).bitwise_xor_(above.view(torch.uint8))
         within[m:] = False
-        inside.append(_where(within).add_(start))
+        inside.append(where_set(within).add_(start))
     numbers = torch.stack([count_flags(kept), torch.stack(highest).amax().long()]).tolist()
     return _Split(kept, torch.cat(inside), *numbers)
 
 
-def _where(flags: Tensor) -> Tensor:
-    """Where flags are set, made for few among many: eight at a time are looked at."""
+def where_set(flags: Tensor) -> Tensor:
+    """Where flags are set, made for few among many: eight at a time are looked at.
+
+    Args:
+        flags: Bool tensor of shape ``(n,)``, contiguous, that begins at a whole word and has whole
+            words in it.
+
+    Returns:
+        int64 tensor of their positions, sorted.
+
+    Example:
+        >>> where_set(torch.tensor([False, True, False, False, False, False, False, True]))
+        tensor([1, 7])
+    """
     words = flags.view(torch.int64).nonzero().view(-1)
     some = flags.view(torch.int64).index_select(0, words).view(torch.bool).nonzero().view(-1)
     return words.index_select(0, some >> 3).mul_(8).add_(some.bitwise_and_(7))

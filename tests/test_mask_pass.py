@@ -1,0 +1,149 @@
+"""Masks drawn into the window in one pass: the same as in the ordinary way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drawing import check_equal
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from strategies import layers, prune_ratios
+from torch import nn
+from training import BASES, same, weights_of
+
+from torch_worm_optim import ParameterSelector, WormOptimizer, mask_pass, threshold
+from torch_worm_optim.masks import new_window
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few entries are drawn as many are: in chunks, and with a sample that may mislead."""
+    monkeypatch.setattr(mask_pass, "FEW", 0)
+    monkeypatch.setattr(threshold, "FEW", 1)
+    monkeypatch.setattr(mask_pass, "_CHUNK", 16)
+    monkeypatch.setattr(mask_pass, "_LEAST_CHUNK", 16)
+    monkeypatch.setattr(mask_pass, "_GLANCE", 2)
+    monkeypatch.setattr(threshold, "_RUN", 2)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers(), prune_ratios, st.integers(2, 8), st.integers(0, 2), st.sampled_from([6, 1 << 18]))
+@example({"one": torch.tensor([-0.0, 0.0, 1e-45])}, 0.5, 2, 1, 6)
+def test_masks_ties_and_distances_are_those_of_the_ordinary_way(
+    few, monkeypatch, entries, ratio, window, min_keep, sample
+):
+    """For whatever weights, and also where it gives up."""
+    monkeypatch.setattr(threshold, "_SAMPLE", sample)
+    if round(ratio * sum(tensor.numel() for tensor in entries.values())) > 0:
+        check_equal(mask_pass, entries, ratio, window, min_keep, may_give_up=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [2, 5, 8])
+def test_so_are_those_of_many_entries(monkeypatch, dtype, window):
+    """Ties of every kind, whole lanes and what is left over, tensors that no chunk ends with."""
+    monkeypatch.setattr(mask_pass, "_CHUNK", 20 * 1920)
+    monkeypatch.setattr(mask_pass, "_LEAST_CHUNK", 20 * 1920)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [70_000, 0, 16, 51_113]
+    normal = {
+        str(i): torch.randn(n, generator=generator).to(dtype) for i, n in enumerate(sizes)
+    } | {"strided": torch.randn(300, 200, generator=generator).to(dtype).T}
+    gave_up = check_equal(mask_pass, normal, 0.5, window, 0, may_give_up=False)
+    for entries, ratio in (
+        ({name: (tensor * 1024).round() for name, tensor in normal.items()}, 0.3),
+        ({name: tensor * torch.finfo(dtype).tiny for name, tensor in normal.items()}, 0.03),
+        ({name: tensor * (tensor > 0) for name, tensor in normal.items()}, 0.7),
+        ({name: tensor * (tensor > 0) for name, tensor in normal.items()}, 0.5),
+        ({name: torch.ones_like(tensor) for name, tensor in normal.items()}, 0.5),
+    ):
+        gave_up += check_equal(mask_pass, entries, ratio, window, 0, may_give_up=True)
+    assert gave_up < 4 * (window + 1)
+
+
+def spoilt(value):
+    """Many weights, one of them such."""
+    weights = [torch.randn(60_000), torch.full((50,), 1e-6)]
+    weights[0][50_001] = value
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "quotas"),
+    [
+        (spoilt(0.0), [1, 1]),  # the second would keep nothing
+        (spoilt(torch.nan), [0, 0]),
+        (spoilt(-torch.inf), [0, 0]),
+    ],
+)
+def test_giving_up_leaves_the_masks_held_as_they_were(weights, quotas):
+    """What is no ranking, or keeps too few, is found when the mask is in the window already."""
+    window = new_window(60_050, 5).random_(0, 128)
+    before = window.clone()
+    assert mask_pass.draw_mask_(weights, window, 30_000, quotas, 4) is None
+    assert torch.equal(window, before)
+
+
+def test_a_sample_that_misleads_leaves_the_masks_held_as_they_were(monkeypatch):
+    """The threshold is not where it was looked for."""
+    monkeypatch.setattr(mask_pass, "find_bracket", lambda *_: (0, 5))
+    window = new_window(60_050, 5).random_(0, 128)
+    before = window.clone()
+    assert mask_pass.draw_mask_(spoilt(0.0), window, 30_000, [0, 0], 4) is None
+    assert torch.equal(window, before)
+
+
+@pytest.mark.parametrize("where", ["where_set", "keep_highest", "_n_kept"])
+def test_an_interruption_leaves_the_masks_held_as_they_were(monkeypatch, where):
+    """In the middle of the pass, after it, and when all is done but the answer."""
+    monkeypatch.setattr(mask_pass, "_CHUNK", 20 * 1920)
+    usual, calls = getattr(mask_pass, where), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2 or where == "keep_highest":
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(mask_pass, where, interrupted)
+    monkeypatch.setattr(mask_pass, "_LEAST_CHUNK", 20 * 1920)
+    weights = [torch.randn(60_000), torch.randn(50)]
+    window = new_window(60_050, 5).random_(0, 128)
+    before = window.clone()
+    with pytest.raises(KeyboardInterrupt):
+        mask_pass.draw_mask_(weights, window, 30_000, [1, 1], 4)
+    assert torch.equal(window, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_search_is_that_of_the_ordinary_way(monkeypatch, dtype):
+    """Histories, windows and weights have the same bits."""
+
+    def search():
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(4)]).to(dtype)
+        opt = WormOptimizer(
+            BASES["SGD momentum"](model.parameters()),
+            model,
+            ParameterSelector("*"),
+            sample_every=2,
+            stopping_point=0.01,
+        )
+        for _ in range(24):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            opt.step()
+        return opt.history, [opt._search.window], weights_of(model)
+
+    drawn = []
+    usual = mask_pass.draw_mask_
+    monkeypatch.setattr(
+        mask_pass, "draw_mask_", lambda *args: drawn.append(usual(*args)) or drawn[-1]
+    )
+    history, window, weights = search()
+    assert sum(each is not None for each in drawn) > 3
+    monkeypatch.setattr(mask_pass, "can_draw", lambda *_: False)
+    plainly = search()
+    assert history == plainly[0]
+    assert same(window, plainly[1])
+    assert same(weights, plainly[2])

@@ -1,0 +1,174 @@
+"""A mask drawn on the host in one pass over weights and window, without a copy of its own.
+
+The window's bytes take in the new mask, and are compared with those before it, while the chunk of
+weights that it was drawn from is in the processor's cache. The few scores near the threshold are
+decided afterwards, see :mod:`torch_worm_optim.threshold`, and what was counted is put right. A mask
+of its own would be a byte an entry that the system has to find room for at every sample, which on
+some machines takes as long as all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from torch_worm_optim.counting import count_all_bits, count_bits, count_flags
+from torch_worm_optim.masks import Drawn
+from torch_worm_optim.threshold import (
+    COARSE_INF,
+    FEW,
+    Scores,
+    find_bracket,
+    keep_highest,
+    where_set,
+)
+
+# Entries in a chunk: of few, an eighth, since a chunk takes eight bytes an entry. Whole lanes, see
+# `counting`.
+_CHUNK = 512 * 1920
+_LEAST_CHUNK = 128 * 1920
+_CHUNKS = 8
+# Coarse keys that a byte tells apart, besides one for all below and one for all above.
+_WIDEST = 126
+# Entries of a layer that are looked at first to see whether any are kept.
+_GLANCE = 1 << 12
+
+
+def can_draw(entries: Sequence[Tensor], window: Tensor) -> bool:
+    """Whether a mask of these entries can be drawn so.
+
+    Args:
+        entries: The entries to rank.
+        window: What the mask would be put into.
+
+    Returns:
+        Whether all is on the host, the window has one byte an entry, and there are many of them.
+
+    Example:
+        >>> can_draw([torch.zeros(1000, 1000)], torch.zeros(1, 1000000, dtype=torch.uint8))
+        True
+        >>> can_draw([torch.zeros(10)], torch.zeros(1, 10, dtype=torch.uint8))
+        False
+    """
+    return (
+        window.shape[0] == 1
+        and window.shape[1] > FEW
+        and all(tensor.device.type == "cpu" for tensor in (window, *entries))
+    )
+
+
+@torch.no_grad()
+def draw_mask_(
+    entries: Sequence[Tensor], window: Tensor, count: int, quotas: Sequence[int], n_older: int
+) -> Drawn | None:
+    """Draw a mask and put it into the window, in place, as the newest.
+
+    Args:
+        entries: The entries to rank, for which :func:`can_draw` holds.
+        window: uint8 tensor of shape ``(1, n_entries)``; modified in place.
+        count: How many go, at least 1.
+        quotas: How many of each tensor have to stay.
+        n_older: How many of the masks in the window are compared with the new one, at most 7.
+
+    Returns:
+        What is to be known of the mask; None if it has to be drawn otherwise, and then the window
+        holds the masks that it held.
+
+    Example:
+        >>> window = torch.zeros(1, 100000, dtype=torch.uint8)
+        >>> draw_mask_([torch.linspace(-1, 1, 100000)], window, 40000, [1], 1)
+        Drawn(n_tied=0, differences=[60000])
+        >>> int(window.sum())
+        60000
+    """
+    scores = Scores(entries)
+    scores.size = min(_CHUNK, max(_LEAST_CHUNK, scores.n // _CHUNKS // 1920 * 1920))
+    bracket = find_bracket([scores], count)
+    if bracket is None or bracket[1] - bracket[0] >= _WIDEST:
+        return None
+    passed = _Pass(scores, window[0], *bracket)
+    drawn = None
+    try:
+        drawn = _draw_(passed, bracket, count, quotas, n_older)
+    finally:  # out of memory or interrupted, it is a mask that nobody is told of
+        if drawn is None:
+            # The oldest bit is lost, that of a mask which would have fallen out of the window.
+            passed.row[: passed.n_pushed].bitwise_right_shift_(1)
+    return drawn
+
+
+def _draw_(
+    passed: _Pass, bracket: tuple[int, int], count: int, quotas: Sequence[int], n_older: int
+) -> Drawn | None:
+    scores, row = passed.scores, passed.row
+    bits = range(n_older, 0, -1)
+    differences = count_bits(passed.differing(), bits)
+    inside = torch.cat(passed.inside)
+    numbers = [torch.stack(passed.n_above).sum(), torch.stack(passed.highest).amax().long()]
+    n_above, highest = torch.stack(numbers).tolist()
+    rank = count - (scores.n - n_above - len(inside))
+    if highest >= COARSE_INF or not 0 < rank <= len(inside):
+        return None
+    [stay], n_tied = keep_highest([scores], [inside], rank, bracket, scores.n)
+    held = row.index_select(0, stay)
+    # They were taken for removed, and counted as differing from every mask that has them.
+    differences += len(stay) - 2 * count_all_bits(held)[list(bits)]
+    row.index_copy_(0, stay, held.bitwise_or_(1))
+    ends = list(accumulate(each.numel() for each in scores.entries))
+    for end, quota, entries in zip(ends, quotas, scores.entries, strict=True):
+        own = row[end - entries.numel() : end]
+        if quota and not (_n_kept(own[:_GLANCE]) >= quota or _n_kept(own) >= quota):
+            return None
+    return Drawn(n_tied, differences.tolist())
+
+
+def _n_kept(row: Tensor) -> int:
+    return int((row & 1).count_nonzero())
+
+
+class _Pass:
+    """One pass over weights and window, and what was seen on the way.
+
+    Args:
+        scores: What is ranked.
+        row: The bytes of the window; modified in place.
+        low: The lowest coarse key inside the bracket.
+        high: The highest one.
+    """
+
+    def __init__(self, scores: Scores, row: Tensor, low: int, high: int) -> None:
+        self.scores, self.row, self.low, self.high = scores, row, low, high
+        self.n_pushed = 0
+        self.inside: list[Tensor] = []
+        self.n_above: list[Tensor] = []
+        self.highest: list[Tensor] = []
+
+    def differing(self) -> Iterator[Tensor]:
+        """Put what is above the bracket into the window, chunk by chunk, and compare it.
+
+        Yields:
+            The bytes of a chunk, with all bits flipped where the new mask has a one.
+        """
+        width = self.high - self.low + 1
+        narrow = torch.empty(self.scores.size, dtype=torch.int8)
+        flags = torch.zeros(self.scores.size, dtype=torch.bool)
+        for start, keys in self.scores.chunks(torch.bfloat16):
+            m = len(keys)
+            self.highest.append(keys.amax())
+            # -1 below, 0 and more inside, `width` above: what one byte has room for.
+            keys.clamp_(self.low - 1, self.high + 1).sub_(self.low)
+            places = narrow[:m].copy_(keys)
+            # Comparisons that write numbers are as fast as arithmetic, those that write bools are
+            # not; and without a sign -1 is 255.
+            torch.lt(places.view(torch.uint8), width, out=flags[:m].view(torch.uint8))
+            flags[m:] = False
+            self.inside.append(where_set(flags[: -(-m // 8) * 8]).add_(start))
+            above = torch.ge(places, width, out=places).view(torch.uint8)
+            self.n_above.append(count_flags(above.view(torch.bool)))
+            held = self.row[start : start + m]
+            torch.add(above, held, alpha=2, out=held)
+            self.n_pushed = start + m
+            yield above.neg_().bitwise_xor_(held)
