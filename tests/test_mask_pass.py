@@ -22,7 +22,7 @@ def few(monkeypatch):
     monkeypatch.setattr(threshold, "FEW", 1)
     monkeypatch.setattr(mask_pass, "_CHUNK", 16)
     monkeypatch.setattr(mask_pass, "_LEAST_CHUNK", 16)
-    monkeypatch.setattr(mask_pass, "_GLANCE", 2)
+    monkeypatch.setattr(mask_pass, "GLANCE", 2)
     monkeypatch.setattr(threshold, "_RUN", 2)
 
 

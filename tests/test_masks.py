@@ -189,7 +189,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(threshold, "FEW", 4)
     monkeypatch.setattr(threshold, "_SAMPLE", 6)
     monkeypatch.setattr(masks_module, "_PART", 3)
-    monkeypatch.setattr(masks_module, "_GLANCE", 2)
+    monkeypatch.setattr(masks_module, "GLANCE", 2)
     monkeypatch.setattr(masks_module, "_FEW", 2)
     monkeypatch.setattr(threshold, "_DEVIATIONS", 0.7)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_worm_optim.counting import count_all_bits, count_bits, count_flags
-from torch_worm_optim.masks import Drawn
+from torch_worm_optim.masks import GLANCE, Drawn
 from torch_worm_optim.threshold import (
     COARSE_INF,
     FEW,
@@ -28,13 +28,11 @@ from torch_worm_optim.threshold import (
 
 # Entries in a chunk: of few, an eighth, since a chunk takes eight bytes an entry. Whole lanes, see
 # `counting`.
-_CHUNK = 512 * 1920
+_CHUNK = 1024 * 1920
 _LEAST_CHUNK = 128 * 1920
 _CHUNKS = 8
 # Coarse keys that a byte tells apart, besides one for all below and one for all above.
 _WIDEST = 126
-# Entries of a layer that are looked at first to see whether any are kept.
-_GLANCE = 1 << 12
 
 
 def can_draw(entries: Sequence[Tensor], window: Tensor) -> bool:
@@ -120,7 +118,7 @@ def _draw_(
     ends = list(accumulate(each.numel() for each in scores.entries))
     for end, quota, entries in zip(ends, quotas, scores.entries, strict=True):
         own = row[end - entries.numel() : end]
-        if quota and not (_n_kept(own[:_GLANCE]) >= quota or _n_kept(own) >= quota):
+        if quota and not (_n_kept(own[:GLANCE]) >= quota or _n_kept(own) >= quota):
             return None
     return Drawn(n_tied, differences.tolist())
 

@@ -24,7 +24,7 @@ _PART = 120 << 12
 # So few are compared all at once.
 _FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.
-_GLANCE = 1 << 12
+GLANCE = 1 << 12
 
 
 def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
@@ -256,7 +256,7 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     domains, add_up = _domains([layer.held for layer in layers])
     # Most often a glance at the first few of each is enough to know.
     # All ranks must look as often, whatever they hold.
-    for at_most in sorted({_GLANCE, max(_GLANCE, *(layer.n for layer in layers))}):
+    for at_most in sorted({GLANCE, max(GLANCE, *(layer.n for layer in layers))}):
         if kept.numel() <= at_most and add_up is add_up_one:  # few in all
             ends = list(accumulate(sizes))
             lasts = torch.tensor([end - 1 if end else 0 for end in ends], device=kept.device)
