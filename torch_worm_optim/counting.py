@@ -41,9 +41,10 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         tensor([2, 2])
     """
     # Bits that are counted at once, by how far they are moved down first.
+    asked = sorted(set(bits))
     groups = {
-        0: [bit for bit in bits if bit <= _HIGHEST],
-        _DOWN: [bit for bit in bits if bit > _HIGHEST],
+        0: [bit for bit in asked if bit <= _HIGHEST],
+        _DOWN: [bit for bit in asked if bit > _HIGHEST],
     }
     groups = {moved: group for moved, group in groups.items() if group}
     sums: dict[int, list[Tensor]] = {moved: [] for moved in groups}
