@@ -147,3 +147,34 @@ def test_a_whole_search_is_that_of_the_ordinary_way(monkeypatch, dtype):
     assert history == plainly[0]
     assert same(window, plainly[1])
     assert same(weights, plainly[2])
+
+
+@pytest.mark.parametrize("window", [2, 8, 9])
+def test_the_default_device_does_not_matter(window):
+    """Weights are ranked where they are, by both ways."""
+    model = nn.Linear(300, 300)
+    opt = WormOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        ParameterSelector("*"),
+        sample_every=None,
+        stopping_point=0,
+        window=window,
+    )
+    torch.set_default_device("meta")
+    try:
+        samples = [opt.sample() for _ in range(window + 1)]
+    finally:
+        torch.set_default_device(None)
+    assert samples[-1].distances == (0.0,) * (window - 1)
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_many_that_are_no_numbers_leave_the_masks_held_as_they_were(share):
+    """The bracket is upside down then."""
+    weights = torch.randn(60_000)
+    weights[: round(share * 60_000)] = torch.nan
+    window = new_window(60_000, 5).random_(0, 128)
+    before = window.clone()
+    assert mask_pass.draw_mask_([weights], window, 30_000, [0], 4) is None
+    assert torch.equal(window, before)

@@ -69,7 +69,8 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
             # As many as fit where the bits are; then, moved down, as many more as fit. What is
             # moved is a number with a sign, which must not fill the highest lane.
             few = lanes.view(len(group), rows, -1).sum(1).bitwise_right_shift_(down)
-            few &= torch.tensor([(1 << 64 - n) - 1 if n else -1 for n in places]).to(down)[:, None]
+            unsigned = [[(1 << 64 - place) - 1 if place else -1] for place in places]
+            few &= torch.tensor(unsigned, device=values.device)
             many = few.view(len(group), _ROWS // rows, -1).sum(1)
             sums[moved].append(many.view(torch.uint8).sum(1, dtype=torch.int64))
     totals = dict(enumerate(torch.stack(singles).sum(0))) if singles else {}

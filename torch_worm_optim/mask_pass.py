@@ -10,6 +10,7 @@ some machines takes as long as all the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -85,7 +86,7 @@ def draw_mask_(
     scores = Scores(entries)
     scores.size = min(_CHUNK, max(_LEAST_CHUNK, scores.n // _CHUNKS // 1920 * 1920))
     bracket = find_bracket([scores], count)
-    if bracket is None or bracket[1] - bracket[0] >= _WIDEST:
+    if bracket is None or not 0 <= bracket[1] - bracket[0] < _WIDEST:  # negative if many are NaN
         return None
     passed = _Pass(scores, window[0], *bracket)
     drawn = None
@@ -94,7 +95,7 @@ def draw_mask_(
     finally:  # out of memory or interrupted, it is a mask that nobody is told of
         if drawn is None:
             # The oldest bit is lost, that of a mask which would have fallen out of the window.
-            passed.row[: passed.n_pushed].bitwise_right_shift_(1)
+            passed.row[: sum(map(len, passed.pushed))].bitwise_right_shift_(1)
     return drawn
 
 
@@ -139,7 +140,7 @@ class _Pass:
 
     def __init__(self, scores: Scores, row: Tensor, low: int, high: int) -> None:
         self.scores, self.row, self.low, self.high = scores, row, low, high
-        self.n_pushed = 0
+        self.pushed: list[Tensor] = []
         self.inside: list[Tensor] = []
         self.n_above: list[Tensor] = []
         self.highest: list[Tensor] = []
@@ -151,8 +152,8 @@ class _Pass:
             The bytes of a chunk, with all bits flipped where the new mask has a one.
         """
         width = self.high - self.low + 1
-        narrow = torch.empty(self.scores.size, dtype=torch.int8)
-        flags = torch.zeros(self.scores.size, dtype=torch.bool)
+        narrow = torch.empty(self.scores.size, dtype=torch.int8, device=self.row.device)
+        flags = torch.zeros(self.scores.size, dtype=torch.bool, device=self.row.device)
         for start, keys in self.scores.chunks(torch.bfloat16):
             m = len(keys)
             self.highest.append(keys.amax())
@@ -167,6 +168,6 @@ class _Pass:
             above = torch.ge(places, width, out=places).view(torch.uint8)
             self.n_above.append(count_flags(above.view(torch.bool)))
             held = self.row[start : start + m]
-            torch.add(above, held, alpha=2, out=held)
-            self.n_pushed = start + m
+            # Pushed and noted in one call, between whose two halves nothing can interrupt.
+            self.pushed.extend(map(partial(torch.add, alpha=2, out=held), [above], [held]))
             yield above.neg_().bitwise_xor_(held)
