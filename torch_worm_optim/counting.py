@@ -41,26 +41,26 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         tensor([2, 2])
     """
     # Bits that are counted at once, by how far they are moved down first.
-    asked = sorted(set(bits))
     groups = {
-        0: [bit for bit in asked if bit <= _HIGHEST],
-        _DOWN: [bit for bit in asked if bit > _HIGHEST],
+        0: [bit for bit in bits if bit <= _HIGHEST],
+        _DOWN: [bit for bit in bits if bit > _HIGHEST],
     }
-    groups = {moved: group for moved, group in groups.items() if group}
-    sums: dict[int, list[Tensor]] = {moved: [] for moved in groups}
-    singles: list[Tensor] = []
+    counts: list[Tensor] = []
     room = None
     for values in parts:
         start, end = _whole_words(values)
         n_words = (end - start) // _BYTES
         if n_words < _FEW:
-            singles.append(count_all_bits(values))
+            counts.append(count_all_bits(values))
             continue
-        singles += [count_all_bits(rest) for rest in (values[:start], values[end:]) if len(rest)]
+        counts += [count_all_bits(rest) for rest in (values[:start], values[end:]) if len(rest)]
         words = values[start:end].view(torch.int64)
         if room is None or len(room) < n_words * len(bits):
             room = words.new_empty(n_words * len(bits))
+        counted = words.new_zeros(8)
         for moved, group in groups.items():
+            if not group:
+                continue
             places = [bit - moved for bit in group]
             rows = _ROWS >> max(places)
             down = torch.tensor(places, device=values.device)[:, None]
@@ -72,13 +72,9 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
             unsigned = [[(1 << 64 - place) - 1 if place else -1] for place in places]
             few &= torch.tensor(unsigned, device=values.device)
             many = few.view(len(group), _ROWS // rows, -1).sum(1)
-            sums[moved].append(many.view(torch.uint8).sum(1, dtype=torch.int64))
-    totals = dict(enumerate(torch.stack(singles).sum(0))) if singles else {}
-    for moved, group in groups.items():
-        if sums[moved]:
-            for bit, count in zip(group, torch.stack(sums[moved]).sum(0), strict=True):
-                totals[bit] = totals[bit] + count if singles else count
-    return torch.stack([totals[bit] for bit in bits])
+            counted[group] = many.view(torch.uint8).sum(1, dtype=torch.int64)
+        counts.append(counted)
+    return torch.stack(counts).sum(0)[list(bits)]
 
 
 def count_flags(flags: Tensor) -> Tensor:

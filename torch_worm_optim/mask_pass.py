@@ -27,8 +27,8 @@ from torch_worm_optim.threshold import (
     where_set,
 )
 
-# Entries in a chunk: of few, an eighth, since a chunk takes eight bytes an entry. Whole lanes, see
-# `counting`.
+# Entries in a chunk: of few, an eighth, since a chunk takes four bytes an entry and one for each
+# older mask. Whole lanes, see `counting`.
 _CHUNK = 1024 * 1920
 _LEAST_CHUNK = 128 * 1920
 _CHUNKS = 8
