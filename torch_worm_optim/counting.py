@@ -40,7 +40,7 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         >>> count_bits([torch.tensor([1, 2, 3], dtype=torch.uint8)], [0, 1])
         tensor([2, 2])
     """
-    # Bits that are counted at once, by how far they are moved down first.
+    # Bits whose lanes are added up together, by how far they are moved down first.
     groups = {
         0: [bit for bit in bits if bit <= _HIGHEST],
         _DOWN: [bit for bit in bits if bit > _HIGHEST],
@@ -55,20 +55,24 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
             continue
         counts += [count_all_bits(rest) for rest in (values[:start], values[end:]) if len(rest)]
         words = values[start:end].view(torch.int64)
-        if room is None or len(room) < n_words * len(bits):
-            room = words.new_empty(n_words * len(bits))
+        if room is None or len(room) < n_words:
+            room = torch.empty_like(words)
+        lanes = room[:n_words]
         counted = words.new_zeros(8)
         for moved, group in groups.items():
             if not group:
                 continue
             places = [bit - moved for bit in group]
             rows = _ROWS >> max(places)
-            down = torch.tensor(places, device=values.device)[:, None]
-            lanes = room[: n_words * len(group)].view(len(group), n_words)
-            torch.bitwise_and(words >> moved if moved else words, _LANES << down, out=lanes)
+            source = words >> moved if moved else words
+            few = words.new_empty(len(group), n_words // rows)
+            # One bit after the other, since all at once leave the processor's cache.
+            for place, own in zip(places, few, strict=True):
+                torch.bitwise_and(source, _LANES << place, out=lanes)
+                torch.sum(lanes.view(rows, -1), 0, out=own)
             # As many as fit where the bits are; then, moved down, as many more as fit. What is
             # moved is a number with a sign, which must not fill the highest lane.
-            few = lanes.view(len(group), rows, -1).sum(1).bitwise_right_shift_(down)
+            few >>= torch.tensor(places, device=values.device)[:, None]
             unsigned = [[(1 << 64 - place) - 1 if place else -1] for place in places]
             few &= torch.tensor(unsigned, device=values.device)
             many = few.view(len(group), _ROWS // rows, -1).sum(1)

@@ -21,7 +21,7 @@ from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
 _PART = 120 << 12
-# So few are compared all at once.
+# So few are compared, and counted, all at once.
 _FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.
 GLANCE = 1 << 12
@@ -254,15 +254,15 @@ def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
     """Whether each layer keeps at least so many of its entries."""
     sizes = [layer.entries.numel() for layer in layers]
     domains, add_up = _domains([layer.held for layer in layers])
+    if kept.numel() <= _FEW and add_up is add_up_one:
+        ends = list(accumulate(sizes))
+        lasts = torch.tensor([end - 1 if end else 0 for end in ends], device=kept.device)
+        up_to = kept.cumsum(0).index_select(0, lasts).tolist()
+        before = [0, *(n if end else 0 for n, end in zip(up_to, ends, strict=True))]
+        return all(n - m >= q for n, m, q in zip(before[1:], before, quotas, strict=False))
     # Most often a glance at the first few of each is enough to know.
     # All ranks must look as often, whatever they hold.
     for at_most in sorted({GLANCE, max(GLANCE, *(layer.n for layer in layers))}):
-        if kept.numel() <= at_most and add_up is add_up_one:  # few in all
-            ends = list(accumulate(sizes))
-            lasts = torch.tensor([end - 1 if end else 0 for end in ends], device=kept.device)
-            up_to = kept.cumsum(0).index_select(0, lasts).tolist()
-            before = [0, *(n if end else 0 for n, end in zip(up_to, ends, strict=True))]
-            return all(n - m >= q for n, m, q in zip(before[1:], before, quotas, strict=False))
         parts = torch.split(kept, sizes)
         counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
         if add_up is not add_up_one:
