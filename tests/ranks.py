@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 # One process imports torch, and those of the ranks are forked from it.
-_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "sharded_jobs"]
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",  # sharding imports it, which takes each rank more than a second
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "sharded_jobs",
+]
 _PATIENCE = 120.0
 
 

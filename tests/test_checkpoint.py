@@ -52,7 +52,7 @@ def uninterrupted(base, truncate, prune_at, window):
     return model, opt
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.sampled_from(sorted(BASES)),
     st.sampled_from(["gradient", "update"]),
