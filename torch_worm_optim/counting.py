@@ -40,45 +40,58 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         >>> count_bits([torch.tensor([1, 2, 3], dtype=torch.uint8)], [0, 1])
         tensor([2, 2])
     """
-    # Bits whose lanes are added up together, by how far they are moved down first.
-    groups = {
-        0: [bit for bit in bits if bit <= _HIGHEST],
-        _DOWN: [bit for bit in bits if bit > _HIGHEST],
-    }
-    counts: list[Tensor] = []
+    groups = [
+        _Group(moved, [bit - moved for bit in bits if (bit > _HIGHEST) == (moved > 0)])
+        for moved in (0, _DOWN)
+    ]
+    few = []
     room = None
     for values in parts:
         start, end = _whole_words(values)
         n_words = (end - start) // _BYTES
         if n_words < _FEW:
-            counts.append(count_all_bits(values))
+            few.append(count_all_bits(values))
             continue
-        counts += [count_all_bits(rest) for rest in (values[:start], values[end:]) if len(rest)]
+        few += [count_all_bits(rest) for rest in (values[:start], values[end:]) if len(rest)]
         words = values[start:end].view(torch.int64)
         if room is None or len(room) < n_words:
             room = torch.empty_like(words)
-        lanes = room[:n_words]
-        counted = words.new_zeros(8)
-        for moved, group in groups.items():
-            if not group:
-                continue
-            places = [bit - moved for bit in group]
-            rows = _ROWS >> max(places)
-            source = words >> moved if moved else words
-            few = words.new_empty(len(group), n_words // rows)
-            # One bit after the other, since all at once leave the processor's cache.
-            for place, own in zip(places, few, strict=True):
-                torch.bitwise_and(source, _LANES << place, out=lanes)
-                torch.sum(lanes.view(rows, -1), 0, out=own)
-            # As many as fit where the bits are; then, moved down, as many more as fit. What is
-            # moved is a number with a sign, which must not fill the highest lane.
-            few >>= torch.tensor(places, device=values.device)[:, None]
-            unsigned = [[(1 << 64 - place) - 1 if place else -1] for place in places]
-            few &= torch.tensor(unsigned, device=values.device)
-            many = few.view(len(group), _ROWS // rows, -1).sum(1)
-            counted[group] = many.view(torch.uint8).sum(1, dtype=torch.int64)
-        counts.append(counted)
-    return torch.stack(counts).sum(0)[list(bits)]
+        for group in groups:
+            if group.places:
+                group.add(words, room[:n_words])
+    counts = torch.stack([*few, torch.zeros(8, dtype=torch.int64, device=values.device)]).sum(0)
+    for group in groups:
+        if group.lanes:
+            sums = torch.cat(group.lanes, 1).view(torch.uint8).sum(1, dtype=torch.int64)
+            counts[[group.moved + place for place in group.places]] += sums
+    return counts[list(bits)]
+
+
+class _Group:
+    """Bits whose lanes are added up together, after they have been moved down so far."""
+
+    def __init__(self, moved: int, places: list[int]) -> None:
+        self.moved, self.places = moved, places
+        self.lanes: list[Tensor] = []
+        # What is moved is a number with a sign, which must not fill the highest lane.
+        self.unsigned = [(1 << 64 - place) - 1 if place else -1 for place in places]
+        self.constants: Tensor | None = None
+
+    def add(self, words: Tensor, room: Tensor) -> None:
+        """Add up the lanes of some words, one bit after the other: all would leave the cache."""
+        if self.constants is None:
+            numbers = [self.places, self.unsigned]
+            self.constants = torch.tensor(numbers, device=words.device)[:, :, None]
+        down, unsigned = self.constants
+        rows = _ROWS >> max(self.places)
+        source = words >> self.moved if self.moved else words
+        some = words.new_empty(len(self.places), len(words) // rows)
+        for place, own in zip(self.places, some, strict=True):
+            torch.bitwise_and(source, _LANES << place, out=room)
+            torch.sum(room.view(rows, -1), 0, out=own)
+        # As many as fit where the bits are; then, moved down, as many more as fit.
+        some.bitwise_right_shift_(down).bitwise_and_(unsigned)
+        self.lanes.append(some.view(len(some), _ROWS // rows, -1).sum(1))
 
 
 def count_flags(flags: Tensor) -> Tensor:
@@ -98,8 +111,11 @@ def count_flags(flags: Tensor) -> Tensor:
     if start == end:
         return flags.count_nonzero()
     lanes = flags[start:end].view(torch.int64).view(_ROWS, -1).sum(0).view(torch.uint8)
-    rest = flags[:start].count_nonzero() + flags[end:].count_nonzero()
-    return lanes.sum(dtype=torch.int64) + rest
+    count = lanes.sum(dtype=torch.int64)
+    for rest in (flags[:start], flags[end:]):
+        if len(rest):
+            count += rest.count_nonzero()
+    return count
 
 
 def _whole_words(values: Tensor) -> tuple[int, int]:

@@ -27,8 +27,8 @@ from torch_worm_optim.threshold import (
     where_set,
 )
 
-# Entries in a chunk: of few, an eighth, since a chunk takes four bytes an entry and one for each
-# older mask. Whole lanes, see `counting`.
+# Entries in a chunk: of few, an eighth, since a chunk takes four bytes an entry. Whole lanes, see
+# `counting`.
 _CHUNK = 1024 * 1920
 _LEAST_CHUNK = 128 * 1920
 _CHUNKS = 8
@@ -153,7 +153,6 @@ class _Pass:
         """
         width = self.high - self.low + 1
         narrow = torch.empty(self.scores.size, dtype=torch.int8, device=self.row.device)
-        flags = torch.zeros(self.scores.size, dtype=torch.bool, device=self.row.device)
         for start, keys in self.scores.chunks(torch.bfloat16):
             m = len(keys)
             self.highest.append(keys.amax())
@@ -161,10 +160,10 @@ class _Pass:
             keys.clamp_(self.low - 1, self.high + 1).sub_(self.low)
             places = narrow[:m].copy_(keys)
             # Comparisons that write numbers are as fast as arithmetic, those that write bools are
-            # not; and without a sign -1 is 255.
-            torch.lt(places.view(torch.uint8), width, out=flags[:m].view(torch.uint8))
-            flags[m:] = False
-            self.inside.append(where_set(flags[: -(-m // 8) * 8]).add_(start))
+            # not; and without a sign -1 is 255. The keys are not needed any more by then.
+            flags = keys.view(torch.bool)[:m]
+            torch.lt(places.view(torch.uint8), width, out=flags.view(torch.uint8))
+            self.inside.append(where_set(flags).add_(start))
             above = torch.ge(places, width, out=places).view(torch.uint8)
             self.n_above.append(count_flags(above.view(torch.bool)))
             held = self.row[start : start + m]

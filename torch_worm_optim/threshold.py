@@ -449,10 +449,8 @@ class _Split(NamedTuple):
 
 def _split(scores: Scores, low: int, high: int) -> _Split:
     kept = torch.empty(scores.n, dtype=torch.bool, device=scores.device)
-    # A whole number of words, so that eight flags can be looked at as one.
-    room = min(scores.size, -(-scores.n // 8) * 8)
-    compared = torch.zeros(room, dtype=torch.int16, device=scores.device)
-    within = compared.view(torch.bool)[:room]  # what was compared is not needed any more by then
+    compared = torch.empty(min(scores.size, scores.n), dtype=torch.int16, device=scores.device)
+    within = compared.view(torch.bool)  # what was compared is not needed any more by then
     highest, inside = [_nowhere(scores).new_zeros((), dtype=torch.int16)], [_nowhere(scores)]
     for start, keys in scores.chunks(torch.bfloat16):
         m = len(keys)
@@ -462,8 +460,7 @@ def _split(scores: Scores, low: int, high: int) -> _Split:
         above.copy_(torch.gt(keys, high, out=compared[:m]))
         flags.copy_(torch.ge(keys, low, out=keys))
         flags.view(torch.uint8).bitwise_xor_(above.view(torch.uint8))
-        within[m:] = False
-        inside.append(where_set(within).add_(start))
+        inside.append(where_set(flags).add_(start))
     numbers = torch.stack([count_flags(kept), torch.stack(highest).amax().long()]).tolist()
     return _Split(kept, torch.cat(inside), *numbers)
 
@@ -472,19 +469,21 @@ def where_set(flags: Tensor) -> Tensor:
     """Where flags are set, made for few among many: eight at a time are looked at.
 
     Args:
-        flags: Bool tensor of shape ``(n,)``, contiguous, that begins at a whole word and has whole
-            words in it.
+        flags: Bool tensor of shape ``(n,)``, contiguous, that begins at a whole word.
 
     Returns:
         int64 tensor of their positions, sorted.
 
     Example:
-        >>> where_set(torch.tensor([False, True, False, False, False, False, False, True]))
-        tensor([1, 7])
+        >>> where_set(torch.tensor([False, True, False, False, False, False, False, True, True]))
+        tensor([1, 7, 8])
     """
-    words = flags.view(torch.int64).nonzero().view(-1)
-    some = flags.view(torch.int64).index_select(0, words).view(torch.bool).nonzero().view(-1)
-    return words.index_select(0, some >> 3).mul_(8).add_(some.bitwise_and_(7))
+    n_whole = len(flags) // 8 * 8
+    eights, rest = flags[:n_whole].view(torch.int64), flags[n_whole:]
+    words = eights.nonzero().view(-1)
+    some = eights.index_select(0, words).view(torch.bool).nonzero().view(-1)
+    found = words.index_select(0, some >> 3).mul_(8).add_(some.bitwise_and_(7))
+    return torch.cat([found, rest.nonzero().view(-1) + n_whole]) if len(rest) else found
 
 
 def _radix_select(
