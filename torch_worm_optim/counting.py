@@ -20,6 +20,7 @@ _DOWN = 3
 
 with torch.inference_mode(False):
     _BITS_OF = (torch.arange(256, device="cpu") >> torch.arange(8, device="cpu")[:, None]) & 1
+    _DIFFERS = _BITS_OF ^ _BITS_OF[0]
 
 
 def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
@@ -138,7 +139,27 @@ def count_all_bits(values: Tensor) -> Tensor:
         >>> count_all_bits(torch.tensor([1, 2, 3], dtype=torch.uint8))
         tensor([2, 2, 0, 0, 0, 0, 0, 0])
     """
+    return _count_by_byte(values, _BITS_OF)
+
+
+def count_all_differing(values: Tensor) -> Tensor:
+    """In how many bytes each bit differs from the lowest, as :func:`count_all_bits` counts.
+
+    Args:
+        values: uint8 tensor of shape ``(n,)``.
+
+    Returns:
+        int64 tensor of shape ``(8,)``, the lowest bit first.
+
+    Example:
+        >>> count_all_differing(torch.tensor([1, 2, 3], dtype=torch.uint8))
+        tensor([0, 2, 2, 2, 2, 2, 2, 2])
+    """
+    return _count_by_byte(values, _DIFFERS)
+
+
+def _count_by_byte(values: Tensor, counted: Tensor) -> Tensor:
     occurrences = values.bincount(minlength=1 << _BYTES)
     if values.device.type != "cpu":  # CUDA multiplies no matrices of whole numbers
-        return (_BITS_OF.to(values.device) * occurrences).sum(1)
-    return torch.mv(_BITS_OF, occurrences)
+        return (counted.to(values.device) * occurrences).sum(1)
+    return torch.mv(counted, occurrences)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_worm_optim.counting import count_all_bits, count_bits
+from torch_worm_optim.counting import count_all_differing, count_bits
 from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one, remove_lowest
 
 # A byte holds one bit for each of the last eight masks.
@@ -415,7 +415,7 @@ def push_mask_(window: Tensor, mask: Tensor) -> None:
         carried = window[row - 1] >> (_BITS - 1)
         window[row].bitwise_left_shift_(1).bitwise_or_(carried)
     for held, new in zip(_parts(window[0]), _parts(mask), strict=True):
-        held.bitwise_left_shift_(1).bitwise_or_(new.view(torch.uint8))
+        torch.add(new.view(torch.uint8), held, alpha=2, out=held)
 
 
 def newest_mask(window: Tensor) -> Tensor:
@@ -496,11 +496,8 @@ def window_differences(window: Tensor, n_held: int) -> Tensor:
         >>> window_differences(window, n_held=3)
         tensor([1, 2])
     """
-    if window.shape[1] <= _FEW:
-        newest, *older = window.unbind()
-        flip = newest.bitwise_and(1).neg_()
-        by_age = [count_all_bits(row.bitwise_xor(flip)) for row in (newest, *older)]
-        return (torch.cat(by_age) if older else by_age[0])[1:n_held].flip(0)
+    if window.shape[0] == 1 and window.shape[1] <= _FEW:
+        return count_all_differing(window[0])[1:n_held].flip(0)
     counts = []
     for number, row in enumerate(window):
         ages = range(max(1, number * _BITS), min(n_held, (number + 1) * _BITS))
