@@ -40,7 +40,7 @@ _CHUNKS = 24
 FEW = 1 << 15
 # Scores in the sample at most, and the share of all that it is otherwise; and how many standard
 # deviations of its ranks the bracket has on either side.
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 19
 _SAMPLED = 32
 _DEVIATIONS = 3.5
 _RUN = 8
