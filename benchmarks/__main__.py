@@ -3,9 +3,9 @@
     python -m benchmarks                    # some minutes on two cores
     python -m benchmarks --threads 1 --out results.json
 
-Every row is a ratio of medians taken in turns in this process, so that what else the machine does
-hits both sides. Prints a table and writes JSON. Memory is the peak of the process while one sample
-is drawn, over what it held before; it needs Linux with glibc.
+Every ratio is the median over rounds in which each work is done once, in this process, so that what
+else the machine does hits both sides. Prints a table and writes JSON. Memory is the peak of the
+process while one sample is drawn, over what it held before; it needs Linux with glibc.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import ctypes
 import gc
 import json
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,22 +42,40 @@ RESNET50 = [64] + [
 ]
 
 
-def medians(
+Times = dict[str, list[float]]
+
+
+def in_turns(
     works: dict[str, Callable[[], object]],
     repeats: int,
     before_each: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
-    """Median seconds of each, run in turns; what is done before each is not counted."""
+) -> Times:
+    """Seconds of each in every round; what is done before each is not counted.
+
+    Every round has an order of its own: what comes after the work that moves most memory, or after
+    the same one always, is slower for that by some percent.
+    """
+    shuffled = random.Random(0)
     for work in works.values():
         work()
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: Times = {name: [] for name in works}
     for _ in range(repeats):
-        for name, work in works.items():
+        for name in shuffled.sample(list(works), len(works)):
             before_each()
             start = time.perf_counter()
-            work()
+            works[name]()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
+
+
+def median_ms(times: Sequence[float]) -> float:
+    """The median of times in seconds, in milliseconds."""
+    return statistics.median(times) * 1e3
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the ratios of all rounds."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def give_back() -> None:
@@ -175,12 +195,9 @@ def samples(repeats: int) -> list[dict[str, object]]:
             "cat + kthvalue": kthvalue(weights),
             "reading once": lambda weights=weights: [w.sum() for w in weights.values()],
         }
-        seconds = medians(works, repeats, give_back)
-        for rival, goal in (("prune.global_unstructured", 60), ("cat + kthvalue", 10)):
-            rows.append(_row(f"sample, {name}", seconds["ours"], rival, seconds[rival], goal))
-        rows.append(
-            _row(f"sample, {name}", seconds["ours"], "reading once", seconds["reading once"], None)
-        )
+        times = in_turns(works, repeats, give_back)
+        goals = {"prune.global_unstructured": 60, "cat + kthvalue": 10, "reading once": None}
+        rows += [_row(f"sample, {name}", times, rival, goal) for rival, goal in goals.items()]
         n = sum(w.numel() for w in weights.values())
         rows.append(
             {
@@ -196,27 +213,27 @@ def samples(repeats: int) -> list[dict[str, object]]:
             "sort, as written": sorting_by_layer(weights),
             "sort, one flat copy": sorting(weights),
         }
-        seconds = medians(works, 20 * repeats)
-        for rival, goal in (("sort, as written", 2), ("sort, one flat copy", None)):
-            rows.append(
-                _row(f"sample, BatchNorm of {name}", seconds["ours"], rival, seconds[rival], goal)
-            )
+        times = in_turns(works, 20 * repeats)
+        goals = {"sort, as written": 2, "sort, one flat copy": None}
+        rows += [
+            _row(f"sample, BatchNorm of {name}", times, rival, goal)
+            for rival, goal in goals.items()
+        ]
     for n in (1, 4, 16, 64, 200):
         weights = {"w": torch.randn(n << 20)}
-        seconds = medians({"ours": Ours(weights)}, max(3, repeats // 2))
-        rows.append(
-            {"work": f"sample, {n} Mi entries", "ns per entry": seconds["ours"] * 1e9 / (n << 20)}
-        )
+        times = in_turns({"ours": Ours(weights)}, max(3, repeats // 2))
+        spent = median_ms(times["ours"]) * 1e6 / (n << 20)
+        rows.append({"work": f"sample, {n} Mi entries", "ns per entry": spent})
     return rows
 
 
-def _row(work: str, ours: float, rival: str, other: float, goal: float | None) -> dict[str, object]:
+def _row(work: str, times: Times, rival: str, goal: float | None) -> dict[str, object]:
     return {
         "work": work,
-        "ours, ms": ours * 1e3,
+        "ours, ms": median_ms(times["ours"]),
         "rival": rival,
-        "rival, ms": other * 1e3,
-        "ratio": other / ours,
+        "rival, ms": median_ms(times[rival]),
+        "ratio": ratio(times[rival], times["ours"]),
         "goal": goal,
     }
 
@@ -250,45 +267,41 @@ def steps(repeats: int) -> list[dict[str, object]]:
                 works[kind] = opt.step
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        seconds = medians(works, 5 * repeats)
+        n = sum(p.numel() for p in model.parameters())
+        times = in_turns(works, 20 * repeats)
         if model is encoder:
             # What the last one holds between steps: all tensors of its own, wherever they are.
             held = opt._search.window.nbytes + sum(b.nbytes for bs in opt._buffers for b in bs)
-            n = sum(p.numel() for p in model.parameters())
             rows.append({"work": f"held, {name}", "bytes per entry": held / n, "goal": 1.1})
         for kind, goal in (("searching", 1.01), ("truncating", None)):
             rows.append(
                 {
                     "work": f"step() while {kind}, {name}",
-                    "ours, ms": seconds[kind] * 1e3,
+                    "ours, ms": median_ms(times[kind]),
                     "rival": "base step",
-                    "rival, ms": seconds["base"] * 1e3,
-                    "times the rival": seconds[kind] / seconds["base"],
+                    "rival, ms": median_ms(times["base"]),
+                    "times the rival": ratio(times[kind], times["base"]),
                     "goal": goal,
                 }
             )
         if model is encoder:
-            n = sum(p.numel() for p in model.parameters())
-            # A gradient read and written, and a byte of the mask.
-            floor = copying(n, 5 * repeats) * 9 / 8
-            scaling = seconds["truncating"] - seconds["base"]
+            # A gradient read and written, and a byte of the mask: a copy moves eight of nine bytes.
+            source, target = torch.zeros(n), torch.zeros(n)
+            copy = in_turns({"copy": partial(target.copy_, source)}, 5 * repeats)["copy"]
+            floor = median_ms(copy) * 9 / 8
+            pairs = zip(times["truncating"], times["base"], strict=True)
+            scaling = median_ms([truncating - base for truncating, base in pairs])
             rows.append(
                 {
                     "work": f"scaling alone, {name}",
-                    "ours, ms": scaling * 1e3,
+                    "ours, ms": scaling,
                     "rival": "floor, 9 bytes an entry",
-                    "rival, ms": floor * 1e3,
+                    "rival, ms": floor,
                     "times the rival": scaling / floor,
                     "goal": 1.3,
                 }
             )
     return rows
-
-
-def copying(n: int, repeats: int) -> float:
-    """Seconds to read n floats and write n others."""
-    source, target = torch.zeros(n), torch.zeros(n)
-    return medians({"copy": lambda: target.copy_(source)}, repeats)["copy"]
 
 
 def table(rows: list[dict[str, object]]) -> str:
