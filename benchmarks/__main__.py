@@ -42,6 +42,7 @@ RESNET50 = [64] + [
 ]
 
 
+# Seconds of each work in every round.
 Times = dict[str, list[float]]
 
 
@@ -82,7 +83,7 @@ def give_back() -> None:
     """Give memory that was freed back to the system.
 
     glibc does so in somebody's next large allocation, so that after a rival has freed hundreds of
-    megabytes the next work pays for that: 20 to 40 ms where it takes 50.
+    megabytes the next work pays for that: 20 to 31 ms where it takes 50.
     """
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -287,17 +288,18 @@ def steps(repeats: int) -> list[dict[str, object]]:
         if model is encoder:
             # A gradient read and written, and a byte of the mask: a copy moves eight of nine bytes.
             source, target = torch.zeros(n), torch.zeros(n)
-            copy = in_turns({"copy": partial(target.copy_, source)}, 5 * repeats)["copy"]
-            floor = median_ms(copy) * 9 / 8
+            works["copying"] = partial(target.copy_, source)
+            times = in_turns(works, 5 * repeats)
+            floor = [copying * 9 / 8 for copying in times["copying"]]
             pairs = zip(times["truncating"], times["base"], strict=True)
-            scaling = median_ms([truncating - base for truncating, base in pairs])
+            scaling = [truncating - base for truncating, base in pairs]
             rows.append(
                 {
                     "work": f"scaling alone, {name}",
-                    "ours, ms": scaling,
+                    "ours, ms": median_ms(scaling),
                     "rival": "floor, 9 bytes an entry",
-                    "rival, ms": floor,
-                    "times the rival": scaling / floor,
+                    "rival, ms": median_ms(floor),
+                    "times the rival": ratio(scaling, floor),
                     "goal": 1.3,
                 }
             )

@@ -337,6 +337,16 @@ def test_flags_are_counted_as_one_by_one(n, start, share, seed):
     assert int(count_flags(flags[start:])) == sum(flags[start:].tolist())
 
 
+@given(st.integers(0, 300), st.sampled_from([0.0, 0.02, 0.5, 1.0]), st.integers(0))
+@example(8, 1.0, 0)
+@example(7, 1.0, 0)  # no eight of them
+def test_set_flags_are_found_as_one_by_one(n, share, seed):
+    """Eight at a time and what is left over, few or many."""
+    flags = torch.rand(n, generator=torch.Generator().manual_seed(seed % 2**63)) < share
+
+    assert threshold.where_set(flags).tolist() == [i for i, on in enumerate(flags.tolist()) if on]
+
+
 @pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])
 def test_large_masks_of_awkward_scores_equal_a_sort(kind):
     """Ties by the hundred thousand, numbers near nothing, coarse types, and strided views."""

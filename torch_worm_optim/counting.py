@@ -20,6 +20,7 @@ _DOWN = 3
 
 with torch.inference_mode(False):
     _BITS_OF = (torch.arange(256, device="cpu") >> torch.arange(8, device="cpu")[:, None]) & 1
+    # Which bits of each byte differ from its lowest.
     _DIFFERS = _BITS_OF ^ _BITS_OF[0]
 
 
@@ -69,7 +70,7 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
 
 
 class _Group:
-    """Bits whose lanes are added up together, after they have been moved down so far."""
+    """Bits whose lanes are added up together: moved down by ``moved``, they are at ``places``."""
 
     def __init__(self, moved: int, places: list[int]) -> None:
         self.moved, self.places = moved, places

@@ -84,7 +84,7 @@ def draw_mask_(
         60000
     """
     scores = Scores(entries)
-    scores.size = min(_CHUNK, max(_LEAST_CHUNK, scores.n // _CHUNKS // 1920 * 1920))
+    scores.size = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * 1920)) * 1920))
     bracket = find_bracket([scores], count)
     if bracket is None or not 0 <= bracket[1] - bracket[0] < _WIDEST:  # negative if many are NaN
         return None

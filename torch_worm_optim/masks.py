@@ -21,7 +21,7 @@ from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one
 _BITS = 8
 # Entries that are compared at once, so that no copy of the window is made.
 _PART = 120 << 12
-# So few are compared, and counted, all at once.
+# So few are compared, if their window is one row, and counted, all at once.
 _FEW = 1 << 15
 # Entries of a layer that are looked at first to see whether any are kept.
 GLANCE = 1 << 12

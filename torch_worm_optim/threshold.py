@@ -107,7 +107,7 @@ class Scores:
         self.kinds = {(tensor.dtype, tensor.device) for tensor in self.entries}
         self.wide = any(kind in (torch.float64, torch.complex128) for kind, _ in self.kinds)
         if self.device.type == "cpu":
-            # A multiple of eight, so that eight flags can be looked at as one word.
+            # A multiple of eight, so that flags are looked at eight by eight to the last.
             self.size = min(_HOST_CHUNK, max(_LEAST_CHUNK, self.n // _CHUNKS // 8 * 8))
         else:
             self.size = _DEVICE_CHUNK
