@@ -306,14 +306,15 @@ def test_numbers_that_round_to_infinity_are_finite():
 @given(
     st.lists(st.integers(0, 7), min_size=1),
     st.integers(0, 9),
-    st.integers(0, 90_000),
-    st.integers(1, 90_000),
+    st.integers(0, 90_000) | st.integers(31_000, 90_000),  # fewer are counted in another way
+    st.integers(1, 90_000) | st.just(90_000),
     st.integers(0, 99),
 )
 @example([4, 0, 7], 3, 8 * 240 * 33 + 5, 90_000, 1)
 @example([0], 0, 8 * 240 * 44, 8 * 240 * 20 + 1, 0)
 @example([0, 0], 0, 30_721, 30_720, 0)  # asked for twice
-@example([1], 0, 8 * 240 * 44, 90_000, 5)  # the highest lane's sum is a negative word
+@example([1], 0, 8 * 240 * 44, 90_000, 0)  # the highest lane's sum is a negative word, or is not
+@example([7, 3], 0, 8 * 240 * 44, 90_000, 0)
 def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
     """Lanes neither overflow nor miss a byte, wherever the bytes begin."""
     generator = torch.Generator().manual_seed(seed)

@@ -42,10 +42,12 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         >>> count_bits([torch.tensor([1, 2, 3], dtype=torch.uint8)], [0, 1])
         tensor([2, 2])
     """
-    groups = [
-        _Group(moved, [bit - moved for bit in bits if (bit > _HIGHEST) == (moved > 0)])
+    # By how far bits are moved down before they are added, where they are then.
+    places = {
+        moved: [bit - moved for bit in bits if (bit > _HIGHEST) == (moved > 0)]
         for moved in (0, _DOWN)
-    ]
+    }
+    lanes: dict[int, list[Tensor]] = {moved: [] for moved, some in places.items() if some}
     few = []
     room = None
     for values in parts:
@@ -58,42 +60,31 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         words = values[start:end].view(torch.int64)
         if room is None or len(room) < n_words:
             room = torch.empty_like(words)
-        for group in groups:
-            if group.places:
-                group.add(words, room[:n_words])
+        for moved, sums in lanes.items():
+            source = words >> moved if moved else words
+            sums.append(_sum_lanes(source, places[moved], room[:n_words]))
     counts = torch.stack([*few, torch.zeros(8, dtype=torch.int64, device=values.device)]).sum(0)
-    for group in groups:
-        if group.lanes:
-            sums = torch.cat(group.lanes, 1).view(torch.uint8).sum(1, dtype=torch.int64)
-            counts[[group.moved + place for place in group.places]] += sums
+    for moved, sums in lanes.items():
+        if sums:
+            summed = torch.cat(sums, 1).view(torch.uint8).sum(1, dtype=torch.int64)
+            counts[[moved + place for place in places[moved]]] += summed
     return counts[list(bits)]
 
 
-class _Group:
-    """Bits whose lanes are added up together: moved down by ``moved``, they are at ``places``."""
-
-    def __init__(self, moved: int, places: list[int]) -> None:
-        self.moved, self.places = moved, places
-        self.lanes: list[Tensor] = []
-        # What is moved is a number with a sign, which must not fill the highest lane.
-        self.unsigned = [(1 << 64 - place) - 1 if place else -1 for place in places]
-        self.constants: Tensor | None = None
-
-    def add(self, words: Tensor, room: Tensor) -> None:
-        """Add up the lanes of some words, one bit after the other: all would leave the cache."""
-        if self.constants is None:
-            numbers = [self.places, self.unsigned]
-            self.constants = torch.tensor(numbers, device=words.device)[:, :, None]
-        down, unsigned = self.constants
-        rows = _ROWS >> max(self.places)
-        source = words >> self.moved if self.moved else words
-        some = words.new_empty(len(self.places), len(words) // rows)
-        for place, own in zip(self.places, some, strict=True):
-            torch.bitwise_and(source, _LANES << place, out=room)
-            torch.sum(room.view(rows, -1), 0, out=own)
-        # As many as fit where the bits are; then, moved down, as many more as fit.
-        some.bitwise_right_shift_(down).bitwise_and_(unsigned)
-        self.lanes.append(some.view(len(some), _ROWS // rows, -1).sum(1))
+def _sum_lanes(words: Tensor, places: Sequence[int], room: Tensor) -> Tensor:
+    """For each of some bits 240 words added in each lane; ``room`` is overwritten."""
+    highest = max(places)
+    rows = _ROWS >> highest
+    some = words.new_empty(len(places), len(words) // rows)
+    # One bit after the other, since the lanes of all would leave the processor's cache.
+    for place, own in zip(places, some, strict=True):
+        torch.bitwise_and(words, _LANES << place, out=room)
+        torch.sum(room.view(rows, -1), 0, out=own)
+    # As many as fit where the bits are; then, moved down, as many more as fit. What is moved is a
+    # number with a sign, which must not fill the highest lane: no count has that many bits.
+    some >>= torch.tensor(places, device=words.device)[:, None]
+    some &= _LANES * (0xFF >> highest) if highest else -1
+    return some.view(len(places), _ROWS // rows, -1).sum(1)
 
 
 def count_flags(flags: Tensor) -> Tensor:
