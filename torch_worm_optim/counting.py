@@ -24,7 +24,7 @@ with torch.inference_mode(False):
     _DIFFERS = _BITS_OF ^ _BITS_OF[0]
 
 
-def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
+def count_bits(parts: Iterable[Tensor], bits: Sequence[int], room: Tensor | None = None) -> Tensor:
     """For each of some bits, how many bytes have it set.
 
     Eight bytes are added as one word, each in a lane of its own, and as many words as no lane
@@ -34,6 +34,8 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
         parts: uint8 tensors of shape ``(n,)``, contiguous, on one device; each may be overwritten
             when the next one is asked for. At least one.
         bits: Which bits, each from 0, the lowest, to 7.
+        room: An int64 tensor of as many bytes as any part to count in, overwritten (default: one is
+            made).
 
     Returns:
         int64 tensor of shape ``(len(bits),)``.
@@ -49,7 +51,6 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int]) -> Tensor:
     }
     lanes: dict[int, list[Tensor]] = {moved: [] for moved, some in places.items() if some}
     few = []
-    room = None
     for values in parts:
         start, end = _whole_words(values)
         n_words = (end - start) // _BYTES

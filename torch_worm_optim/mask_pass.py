@@ -27,7 +27,7 @@ from torch_worm_optim.threshold import (
     where_set,
 )
 
-# Entries in a chunk: of few, an eighth, since a chunk takes four bytes an entry. Whole lanes, see
+# Entries in a chunk: of few, an eighth, since a chunk takes three bytes an entry. Whole lanes, see
 # `counting`.
 _CHUNK = 1024 * 1920
 _LEAST_CHUNK = 128 * 1920
@@ -104,7 +104,7 @@ def _draw_(
 ) -> Drawn | None:
     scores, row = passed.scores, passed.row
     bits = range(n_older, 0, -1)
-    differences = count_bits(passed.differing(), bits)
+    differences = count_bits(passed.differing(), bits, passed.room.view(torch.int64))
     inside = torch.cat(passed.inside)
     numbers = [torch.stack(passed.n_above).sum(), torch.stack(passed.highest).amax().long()]
     n_above, highest = torch.stack(numbers).tolist()
@@ -140,6 +140,8 @@ class _Pass:
 
     def __init__(self, scores: Scores, row: Tensor, low: int, high: int) -> None:
         self.scores, self.row, self.low, self.high = scores, row, low, high
+        # For a chunk's keys, then its flags, then to count in: each is done with before the next.
+        self.room = torch.empty(scores.size, dtype=torch.bfloat16, device=row.device)
         self.pushed: list[Tensor] = []
         self.inside: list[Tensor] = []
         self.n_above: list[Tensor] = []
@@ -153,7 +155,7 @@ class _Pass:
         """
         width = self.high - self.low + 1
         narrow = torch.empty(self.scores.size, dtype=torch.int8, device=self.row.device)
-        for start, keys in self.scores.chunks(torch.bfloat16):
+        for start, keys in self.scores.chunks(torch.bfloat16, self.room):
             m = len(keys)
             self.highest.append(keys.amax())
             # -1 below, 0 and more inside, `width` above: what one byte has room for.

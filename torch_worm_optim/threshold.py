@@ -112,13 +112,19 @@ class Scores:
         else:
             self.size = _DEVICE_CHUNK
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def chunks(
+        self, dtype: torch.dtype, room: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """The position of each chunk, and its keys; they may be overwritten, as by the next chunk.
 
         Args:
             dtype: bfloat16 for coarse keys, for exact ones the widest that is ranked.
+            room: A tensor of that dtype and of ``size`` elements to make keys in (default: one is
+                made).
         """
-        buffer = torch.empty(min(self.size, self.n), dtype=dtype, device=self.device)
+        buffer = room
+        if buffer is None:
+            buffer = torch.empty(min(self.size, self.n), dtype=dtype, device=self.device)
         start = filled = 0
         for tensor in self.entries:
             for piece in [tensor.view(-1)] if tensor.is_contiguous() else self._pieces(tensor):
