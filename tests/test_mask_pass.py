@@ -33,22 +33,24 @@ def few(monkeypatch):
     st.sampled_from([0, 0, 1]),
     st.integers(0, 60),
     st.integers(0, 60),
+    st.sampled_from([torch.float16, torch.bfloat16]),
 )
-@example({"one": torch.tensor([-0.0, 0.0, 1e-45])}, 0.5, 2, 0, 0, 0)
+@example({"one": torch.tensor([-0.0, 0.0, 1e-45])}, 0.5, 2, 0, 0, 0, torch.bfloat16)
 def test_masks_ties_and_distances_are_those_of_the_ordinary_way(
-    few, monkeypatch, entries, ratio, window, min_keep, below, above
+    few, monkeypatch, entries, ratio, window, min_keep, below, above, coarse
 ):
     """For whatever weights and bracket; it may give up for a quota, or what rounds to infinity."""
 
-    def around(places, count):
-        key = int(places[0].all_keys(torch.bfloat16).sort().values[count - 1])
-        return max(0, key - below), min(key + above, threshold.COARSE_INF)
+    def around(scores, count):
+        key = int(scores.all_keys(coarse).sort().values[count - 1])
+        low, high = max(0, key - below), min(key + above, threshold.COARSE_INF[coarse])
+        return threshold.Bracket(low, high, coarse)
 
     # Of so few a sample says so little that every bracket would be too wide.
-    monkeypatch.setattr(mask_pass, "find_bracket", around)
+    monkeypatch.setattr(mask_pass, "_bracket", around)
     if round(ratio * sum(tensor.numel() for tensor in entries.values())) > 0:
         may = min_keep > 0 or any(
-            tensor.abs().bfloat16().isinf().any() for tensor in entries.values()
+            tensor.abs().to(coarse).isinf().any() for tensor in entries.values()
         )
         check_equal(mask_pass, entries, ratio, window, min_keep, may_give_up=may)
 
@@ -65,6 +67,10 @@ def test_so_are_those_of_many_entries(monkeypatch, dtype, window):
         str(i): torch.randn(n, generator=generator).to(dtype) for i, n in enumerate(sizes)
     } | {"strided": torch.randn(300, 200, generator=generator).to(dtype).T}
     gave_up = check_equal(mask_pass, normal, 0.5, window, 0, may_give_up=False)
+    if dtype != torch.float16:
+        for scale in (1e-7, 1e7):  # for which float16 has no normal numbers
+            scaled = {name: tensor * scale for name, tensor in normal.items()}
+            check_equal(mask_pass, scaled, 0.5, window, 0, may_give_up=False)
     for entries, ratio in (
         ({name: (tensor * 1024).round() for name, tensor in normal.items()}, 0.3),
         ({name: tensor * torch.finfo(dtype).tiny for name, tensor in normal.items()}, 0.03),
@@ -74,6 +80,28 @@ def test_so_are_those_of_many_entries(monkeypatch, dtype, window):
     ):
         gave_up += check_equal(mask_pass, entries, ratio, window, 0, may_give_up=True)
     assert gave_up < 4 * (window + 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "coarse"),
+    [
+        (torch.linspace(1, 2, 60_000), torch.float16),
+        (torch.linspace(1, 2, 60_000, dtype=torch.float64), torch.float16),
+        (torch.linspace(1, 2, 60_000).half(), torch.float16),
+        (torch.linspace(1, 2, 60_000).bfloat16(), torch.bfloat16),
+        (torch.linspace(1e-5, 1e-4, 60_000), torch.bfloat16),  # 6.1e-5 is the lowest normal one
+        (torch.linspace(1, 2e5, 60_000), torch.bfloat16),  # 65504 is the highest
+        # A gap of 307 float16 numbers, and of 38 bfloat16 ones; then of 1,000 or so and 130
+        (torch.linspace(1, 1.7, 60_000) + 0.3 * (torch.arange(60_000) > 29_999), torch.bfloat16),
+        (torch.linspace(1, 1.7, 60_000) + 1.5 * (torch.arange(60_000) > 29_999), None),
+        (torch.ones(60_000), None),
+    ],
+)
+def test_scores_are_rounded_to_the_finest_that_serves(weights, coarse):
+    """A byte must tell all inside the bracket apart, and they must be normal numbers."""
+    bracket = mask_pass._bracket(threshold.Scores([weights]), 30_000)
+    assert (bracket and bracket.coarse) == coarse
+    check_equal(mask_pass, {"one": weights}, 0.5, 5, 0, may_give_up=coarse is None)
 
 
 def spoilt(value):
@@ -101,7 +129,7 @@ def test_giving_up_leaves_the_masks_held_as_they_were(weights, quotas):
 
 def test_a_sample_that_misleads_leaves_the_masks_held_as_they_were(monkeypatch):
     """The threshold is not where it was looked for."""
-    monkeypatch.setattr(mask_pass, "find_bracket", lambda *_: (0, 5))
+    monkeypatch.setattr(mask_pass, "_bracket", lambda *_: threshold.Bracket(0, 5))
     window = new_window(60_050, 5).random_(0, 128)
     before = window.clone()
     assert mask_pass.draw_mask_(spoilt(0.0), window, 30_000, [0, 0], 4) is None

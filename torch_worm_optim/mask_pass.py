@@ -9,6 +9,7 @@ some machines takes as long as all the rest.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -20,7 +21,9 @@ from torch_worm_optim.counting import count_all_bits, count_bits, count_flags
 from torch_worm_optim.masks import GLANCE, Drawn
 from torch_worm_optim.threshold import (
     COARSE_INF,
+    COARSE_NORMAL,
     FEW,
+    Bracket,
     Scores,
     find_bracket,
     keep_highest,
@@ -85,13 +88,13 @@ def draw_mask_(
     """
     scores = Scores(entries)
     scores.size = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * 1920)) * 1920))
-    bracket = find_bracket([scores], count)
-    if bracket is None or not 0 <= bracket[1] - bracket[0] < _WIDEST:  # negative if many are NaN
+    bracket = _bracket(scores, count)
+    if bracket is None:
         return None
-    passed = _Pass(scores, window[0], *bracket)
+    passed = _Pass(scores, window[0], bracket)
     drawn = None
     try:
-        drawn = _draw_(passed, bracket, count, quotas, n_older)
+        drawn = _draw_(passed, count, quotas, n_older)
     finally:  # out of memory or interrupted, it is a mask that nobody is told of
         if drawn is None:
             # The oldest bit is lost, that of a mask which would have fallen out of the window.
@@ -99,19 +102,43 @@ def draw_mask_(
     return drawn
 
 
-def _draw_(
-    passed: _Pass, bracket: tuple[int, int], count: int, quotas: Sequence[int], n_older: int
-) -> Drawn | None:
-    scores, row = passed.scores, passed.row
+def _bracket(scores: Scores, count: int) -> Bracket | None:
+    """A bracket in the finest coarse keys of which a byte has room for all that are inside."""
+    # float16 has three bits more, and is as fast but for bfloat16, which has nothing to gain.
+    narrow = all(tensor.dtype == torch.bfloat16 for tensor in scores.entries)
+    for coarse in [torch.bfloat16] if narrow else [torch.float16, torch.bfloat16]:
+        bracket = find_bracket([scores], count, coarse=coarse)
+        # It is upside down if many are NaN.
+        if bracket is None or not 0 <= bracket.high - bracket.low < _WIDEST:
+            continue
+        if coarse == torch.bfloat16 or bracket.low > COARSE_NORMAL[coarse]:
+            return bracket
+    return None
+
+
+def _draw_(passed: _Pass, count: int, quotas: Sequence[int], n_older: int) -> Drawn | None:
+    scores, row, bracket = passed.scores, passed.row, passed.bracket
     bits = range(n_older, 0, -1)
     differences = count_bits(passed.differing(), bits, passed.room.view(torch.int64))
     inside = torch.cat(passed.inside)
     numbers = [torch.stack(passed.n_above).sum(), torch.stack(passed.highest).amax().long()]
     n_above, highest = torch.stack(numbers).tolist()
     rank = count - (scores.n - n_above - len(inside))
-    if highest >= COARSE_INF or not 0 < rank <= len(inside):
+    if highest >= COARSE_INF[bracket.coarse] or not 0 < rank <= len(inside):
         return None
-    [stay], n_tied = keep_highest([scores], [inside], rank, bracket, scores.n)
+    # Nearly all of them are told apart by their coarse keys, so that few exact ones are fetched.
+    places = torch.cat(passed.places)
+    ends = [0, *places.bincount().cumsum(0).tolist()]
+    place = bisect_left(ends, rank) - 1
+    key = bracket.low + place
+    [stay], n_tied = keep_highest(
+        [scores],
+        [inside[places == place]],
+        rank - ends[place],
+        Bracket(key, key, bracket.coarse),
+        scores.n,
+    )
+    stay = torch.cat([inside[places > place], stay])
     held = row.index_select(0, stay)
     # They were taken for removed, and counted as differing from every mask that has them.
     differences += len(stay) - 2 * count_all_bits(held)[list(bits)]
@@ -134,16 +161,16 @@ class _Pass:
     Args:
         scores: What is ranked.
         row: The bytes of the window; modified in place.
-        low: The lowest coarse key inside the bracket.
-        high: The highest one.
+        bracket: Between which coarse keys the threshold is looked for.
     """
 
-    def __init__(self, scores: Scores, row: Tensor, low: int, high: int) -> None:
-        self.scores, self.row, self.low, self.high = scores, row, low, high
+    def __init__(self, scores: Scores, row: Tensor, bracket: Bracket) -> None:
+        self.scores, self.row, self.bracket = scores, row, bracket
         # For a chunk's keys, then its flags, then to count in: each is done with before the next.
-        self.room = torch.empty(scores.size, dtype=torch.bfloat16, device=row.device)
+        self.room = torch.empty(scores.size, dtype=bracket.coarse, device=row.device)
         self.pushed: list[Tensor] = []
         self.inside: list[Tensor] = []
+        self.places: list[Tensor] = []
         self.n_above: list[Tensor] = []
         self.highest: list[Tensor] = []
 
@@ -153,19 +180,21 @@ class _Pass:
         Yields:
             The bytes of a chunk, with all bits flipped where the new mask has a one.
         """
-        width = self.high - self.low + 1
+        low, high, coarse = self.bracket
+        width = high - low + 1
         narrow = torch.empty(self.scores.size, dtype=torch.int8, device=self.row.device)
-        for start, keys in self.scores.chunks(torch.bfloat16, self.room):
+        for start, keys in self.scores.chunks(coarse, self.room):
             m = len(keys)
             self.highest.append(keys.amax())
             # -1 below, 0 and more inside, `width` above: what one byte has room for.
-            keys.clamp_(self.low - 1, self.high + 1).sub_(self.low)
-            places = narrow[:m].copy_(keys)
+            places = narrow[:m].copy_(keys.clamp_(low - 1, high + 1).sub_(low))
             # Comparisons that write numbers are as fast as arithmetic, those that write bools are
             # not; and without a sign -1 is 255. The keys are not needed any more by then.
             flags = keys.view(torch.bool)[:m]
             torch.lt(places.view(torch.uint8), width, out=flags.view(torch.uint8))
-            self.inside.append(where_set(flags).add_(start))
+            found = where_set(flags)
+            self.places.append(places.index_select(0, found))
+            self.inside.append(found.add_(start))
             above = torch.ge(places, width, out=places).view(torch.uint8)
             self.n_above.append(count_flags(above.view(torch.bool)))
             held = self.row[start : start + m]

@@ -3,8 +3,8 @@
 Magnitudes are compared as integers. The bit patterns of non-negative floating point numbers are in
 the order of the numbers, NaN above infinity, so that no number is lost to rounding, underflow or a
 mode of the processor. Most work is done on *coarse* keys, the pattern of a magnitude rounded to
-bfloat16: rounding keeps the order, two bytes are read faster than four, and a table has room for
-all of them.
+half precision, most often bfloat16: rounding keeps the order, two bytes are read faster than four,
+and a table has room for all of them.
 
 1. A sample of the coarse keys brackets the threshold.
 2. One pass keeps what lies above the bracket and notes where the few inside it are.
@@ -49,10 +49,16 @@ _CROWDED = 1 / 16
 # Bits that a radix select looks at in a round, which sends 8 KiB of counts.
 _RADIX = 10
 
-COARSE_INF = 0x7F80
-_COARSE_NORMAL = 0x0080
+# Coarse keys of infinity and of the smallest normal number.
+COARSE_INF = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+COARSE_NORMAL = {torch.bfloat16: 0x0080, torch.float16: 0x0400}
 _EXACT_INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
-_WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_WHOLE = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 AddUp = Callable[[Sequence[Tensor]], Tensor]
 
@@ -72,6 +78,20 @@ class Selection(NamedTuple):
 
     kept: list[Tensor]
     n_tied: int
+
+
+class Bracket(NamedTuple):
+    """Two coarse keys that most likely have the threshold between them.
+
+    Attributes:
+        low: The lowest coarse key inside.
+        high: The highest one.
+        coarse: What magnitudes are rounded to.
+    """
+
+    low: int
+    high: int
+    coarse: torch.dtype = torch.bfloat16
 
 
 class Scores:
@@ -118,7 +138,7 @@ class Scores:
         """The position of each chunk, and its keys; they may be overwritten, as by the next chunk.
 
         Args:
-            dtype: bfloat16 for coarse keys, for exact ones the widest that is ranked.
+            dtype: A half precision for coarse keys, for exact ones the widest that is ranked.
             room: A tensor of that dtype and of ``size`` elements to make keys in (default: one is
                 made).
         """
@@ -280,7 +300,7 @@ def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_o
     if bracket is None:
         _check_finite(places, [_highest(scores) for scores in places], add_up)
         return _remove_by_counting(places, count, add_up)
-    passed = [_split(scores, *bracket) for scores in places]
+    passed = [_split(scores, bracket) for scores in places]
     _check_finite(places, [each.highest for each in passed], add_up)
     n, n_above, n_inside = _numbers(
         [
@@ -303,7 +323,7 @@ def keep_highest(
     places: Sequence[Scores],
     inside: Sequence[Tensor],
     rank: int,
-    bracket: tuple[int, int],
+    bracket: Bracket,
     n: int,
     add_up: AddUp = add_up_one,
 ) -> tuple[list[Tensor], int]:
@@ -322,12 +342,12 @@ def keep_highest(
 
     Example:
         >>> scores = Scores([torch.tensor([0.5, -0.25, 0.25])])
-        >>> keep_highest([scores], [torch.tensor([0, 1, 2])], 1, (0, 0x7F7F), 3)
+        >>> keep_highest([scores], [torch.tensor([0, 1, 2])], 1, Bracket(0, 0x7F7F), 3)
         ([tensor([0, 2])], 2)
     """
     exact = _exact(places)
     keys = [scores.keys_at(each, exact) for scores, each in zip(places, inside, strict=True)]
-    threshold, n_lost, n_equal = _radix_select(keys, rank, add_up, _exact_range(*bracket, exact))
+    threshold, n_lost, n_equal = _radix_select(keys, rank, add_up, _exact_range(bracket, exact))
     higher = [each[own > threshold] for each, own in zip(inside, keys, strict=True)]
     equal = [each[own == threshold] for each, own in zip(inside, keys, strict=True)]
     spared = _spared(places, equal, n_lost, n_equal, n, add_up)
@@ -354,7 +374,7 @@ def _check_finite(places: Sequence[Scores], highest: Sequence[int], add_up: AddU
     """Raise if a coarse key is that of no number; a number may have been rounded up to infinity."""
     if any(scores.aside is not None for scores in places):
         return  # what is set aside was found among scores that were looked at
-    suspects = [[int(high >= COARSE_INF)] for high in highest]
+    suspects = [[int(high >= COARSE_INF[torch.bfloat16])] for high in highest]
     if not _numbers(suspects, places, add_up)[0]:
         return
     bad, exact = [], _exact(places)
@@ -399,27 +419,30 @@ def _count_ties(
 
 
 def find_bracket(
-    places: Sequence[Scores], count: int, add_up: AddUp = add_up_one
-) -> tuple[int, int] | None:
+    places: Sequence[Scores],
+    count: int,
+    add_up: AddUp = add_up_one,
+    coarse: torch.dtype = torch.bfloat16,
+) -> Bracket | None:
     """Two coarse keys that most likely have the threshold between them.
 
     Args:
         places: All scores, each in one place.
         count: How many go, at least 1.
         add_up: Adds int64 counts, one for each place, of one shape.
+        coarse: What magnitudes are rounded to.
 
     Returns:
-        The lowest and the highest key inside; None if so many scores are between them that they are
-        not worth noting.
+        The bracket; None if so many scores are inside that they are not worth noting.
 
     Example:
-        >>> low, high = find_bracket([Scores([torch.linspace(0, 1, 1000)])], 500)
+        >>> low, high, _ = find_bracket([Scores([torch.linspace(0, 1, 1000)])], 500)
         >>> low < torch.tensor(0.5).bfloat16().view(torch.int16) < high
         tensor(True)
     """
     [n] = _numbers([[scores.n] for scores in places], places, add_up)
     tables = [
-        scores.sample(_stride(n), torch.bfloat16).int().bincount(minlength=1 << 15).int()
+        scores.sample(_stride(n), coarse).int().bincount(minlength=1 << 15).int()
         for scores in places
     ]
     ranks = add_up(tables).cumsum(0).cpu()
@@ -429,18 +452,19 @@ def find_bracket(
     ends = [share * n_sampled - spread, share * n_sampled + spread]
     wanted = torch.tensor(ends, device="cpu")
     low, high = torch.searchsorted(ranks.float(), wanted, right=False).tolist()
-    high = min(high, COARSE_INF)
+    high = min(high, COARSE_INF[coarse])
     if int(ranks[high]) - (int(ranks[low - 1]) if low else 0) > n_sampled * _CROWDED + 64:
         return None
-    return low, high
+    return Bracket(low, high, coarse)
 
 
-def _exact_range(low: int, high: int, exact: torch.dtype) -> tuple[int, int]:
-    """Exact keys between which all are that round to one of these coarse keys."""
+def _exact_range(bracket: Bracket, exact: torch.dtype) -> tuple[int, int]:
+    """Exact keys between which all are that round to a coarse key inside."""
+    low, high, coarse = bracket
     # Some processors and modes round what is below the smallest normal number to zero.
-    ends = [max(0, low - 1), min(COARSE_INF, max(high + 1, _COARSE_NORMAL))]
+    ends = [max(0, low - 1), min(COARSE_INF[coarse], max(high + 1, COARSE_NORMAL[coarse]))]
     around = torch.tensor(ends, dtype=torch.int16, device="cpu")
-    first, last = around.view(torch.bfloat16).to(exact).view(_WHOLE[exact]).tolist()
+    first, last = around.view(coarse).to(exact).view(_WHOLE[exact]).tolist()
     return first, last
 
 
@@ -453,18 +477,18 @@ class _Split(NamedTuple):
     highest: int
 
 
-def _split(scores: Scores, low: int, high: int) -> _Split:
+def _split(scores: Scores, bracket: Bracket) -> _Split:
     kept = torch.empty(scores.n, dtype=torch.bool, device=scores.device)
     compared = torch.empty(min(scores.size, scores.n), dtype=torch.int16, device=scores.device)
     within = compared.view(torch.bool)  # what was compared is not needed any more by then
     highest, inside = [_nowhere(scores).new_zeros((), dtype=torch.int16)], [_nowhere(scores)]
-    for start, keys in scores.chunks(torch.bfloat16):
+    for start, keys in scores.chunks(bracket.coarse):
         m = len(keys)
         above, flags = kept[start : start + m], within[:m]
         highest.append(keys.amax())
         # Comparisons that write numbers are as fast as arithmetic, those that write bools are not.
-        above.copy_(torch.gt(keys, high, out=compared[:m]))
-        flags.copy_(torch.ge(keys, low, out=keys))
+        above.copy_(torch.gt(keys, bracket.high, out=compared[:m]))
+        flags.copy_(torch.ge(keys, bracket.low, out=keys))
         flags.view(torch.uint8).bitwise_xor_(above.view(torch.uint8))
         inside.append(where_set(flags).add_(start))
     numbers = torch.stack([count_flags(kept), torch.stack(highest).amax().long()]).tolist()
