@@ -40,7 +40,7 @@ _CHUNKS = 24
 FEW = 1 << 15
 # Scores in the sample at most, and the share of all that it is otherwise; and how many standard
 # deviations of its ranks the bracket has on either side.
-_SAMPLE = 1 << 19
+_SAMPLE = 1 << 20
 _SAMPLED = 32
 _DEVIATIONS = 3.5
 _RUN = 8
@@ -149,12 +149,12 @@ class Scores:
         for tensor in self.entries:
             for piece in [tensor.view(-1)] if tensor.is_contiguous() else self._pieces(tensor):
                 while piece.numel():
-                    room = len(buffer) - filled
-                    if room < piece.numel() and (room == 0 or piece.ndim > 1):
+                    left = len(buffer) - filled
+                    if left < piece.numel() and (left == 0 or piece.ndim > 1):
                         yield start, self._finish(start, buffer[:filled])
-                        start, filled, room = start + filled, 0, len(buffer)
+                        start, filled, left = start + filled, 0, len(buffer)
                     part, piece = (
-                        (piece, piece[:0]) if piece.ndim > 1 else (piece[:room], piece[room:])
+                        (piece, piece[:0]) if piece.ndim > 1 else (piece[:left], piece[left:])
                     )
                     place = buffer[filled : filled + part.numel()].view(part.shape)
                     place.copy_(part.abs() if part.is_complex() else part)
