@@ -128,6 +128,25 @@ def test_one_representative_has_one_scope(weights, ratio, min_keep):
     )
 
 
+@given(layers(), prune_ratios, scopes, min_keeps, st.data())
+def test_empty_representatives_change_nothing(weights, ratio, scope, min_keep, data):
+    """Wherever they are, the first and the last included."""
+    some = list(weights.items())
+    for i in range(data.draw(st.integers(1, 3))):
+        some.insert(data.draw(st.integers(0, len(some))), (f"empty{i}", torch.empty(0, 2)))
+
+    assert draw_mask(dict(some), ratio, scope=scope, min_keep=min_keep) == draw_mask(
+        weights, ratio, scope=scope, min_keep=min_keep
+    )
+
+
+def test_an_empty_representative_does_not_take_the_place_of_another():
+    """What has to keep one entry is the second here, and the third must not be asked instead."""
+    weights = {"none": torch.empty(0), "low": torch.tensor([0.1, 0.2]), "high": torch.ones(2)}
+
+    assert draw_mask(weights, 0.5, min_keep=1) == [False, True, False, True]
+
+
 @given(layers(), layers(), prune_ratios)
 def test_mixed_dtypes_rank_by_value(first, second, ratio):
     """Half precision beside double: entries are ranked by what they are worth, unrounded."""

@@ -20,8 +20,8 @@ _DOWN = 3
 
 with torch.inference_mode(False):
     _BITS_OF = (torch.arange(256, device="cpu") >> torch.arange(8, device="cpu")[:, None]) & 1
-    # Which bits of each byte differ from its lowest.
-    _DIFFERS = _BITS_OF ^ _BITS_OF[0]
+    # Which bits of each byte differ from its lowest, the highest first.
+    _DIFFERS = (_BITS_OF ^ _BITS_OF[0]).flip(0)
 
 
 def count_bits(parts: Iterable[Tensor], bits: Sequence[int], room: Tensor | None = None) -> Tensor:
@@ -142,11 +142,11 @@ def count_all_differing(values: Tensor) -> Tensor:
         values: uint8 tensor of shape ``(n,)``.
 
     Returns:
-        int64 tensor of shape ``(8,)``, the lowest bit first.
+        int64 tensor of shape ``(8,)``, the highest bit first: that is the oldest mask in a window.
 
     Example:
         >>> count_all_differing(torch.tensor([1, 2, 3], dtype=torch.uint8))
-        tensor([0, 2, 2, 2, 2, 2, 2, 2])
+        tensor([2, 2, 2, 2, 2, 2, 2, 0])
     """
     return _count_by_byte(values, _DIFFERS)
 

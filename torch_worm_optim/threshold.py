@@ -60,6 +60,13 @@ _WHOLE = {
     torch.float64: torch.int64,
 }
 
+with torch.inference_mode(False):
+    # As tensors, since a number is made one of another type first, and converted, at every mask.
+    _LARGEST = {
+        whole: torch.tensor(torch.iinfo(whole).max, dtype=whole, device="cpu")
+        for whole in _WHOLE.values()
+    }
+
 AddUp = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -250,7 +257,7 @@ def _at(tensor: Tensor, positions: Tensor) -> Tensor:
 def _keys_(magnitudes: Tensor) -> Tensor:
     """The bit patterns of numbers without their signs, in the memory of the numbers."""
     keys = magnitudes.view(_WHOLE[magnitudes.dtype])
-    return keys.bitwise_and_(torch.iinfo(keys.dtype).max)
+    return keys.bitwise_and_(_LARGEST[keys.dtype])
 
 
 def _exact(places: Sequence[Scores]) -> torch.dtype:
