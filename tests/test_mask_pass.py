@@ -104,6 +104,40 @@ def test_scores_are_rounded_to_the_finest_that_serves(weights, coarse):
     check_equal(mask_pass, {"one": weights}, 0.5, 5, 0, may_give_up=coarse is None)
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float64)]
+)
+def test_types_may_be_mixed(dtypes):
+    """The finest that any of them can do with is taken for all."""
+    weights = [torch.linspace(1, 2, 30_000).to(dtype) for dtype in dtypes]
+    assert mask_pass._bracket(threshold.Scores(weights), 30_000).coarse == torch.float16
+    check_equal(mask_pass, dict(zip("ab", weights, strict=True)), 0.5, 5, 0, may_give_up=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_near_nothing_rank_in_every_mode_of_the_processor(dtype):
+    """Some types keep them where others flush them, so that rounded ones have another order."""
+    weights = [torch.randn(60_000) * 2**-127, torch.randn(60_000, dtype=torch.float64) * 2**-127]
+    weights[0] = weights[0].to(dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a mode is one thread's
+    flushes = torch.set_flush_denormal(True)
+    try:
+        gave_up = check_equal(mask_pass, dict(zip("ab", weights, strict=True)), 0.5, 5, 0, True)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    assert flushes
+    assert gave_up == 0
+
+
+def test_one_that_is_infinite_when_rounded_is_ranked_otherwise():
+    """A magnitude that float16 has no number for; the masks that are held stay."""
+    weights = torch.linspace(0.1, 1, 60_000)
+    weights[7] = 7e4
+    assert check_equal(mask_pass, {"one": weights}, 0.5, 5, 0, may_give_up=True) == 6
+
+
 def spoilt(value):
     """Many weights, one of them such."""
     weights = [torch.randn(60_000), torch.full((50,), 1e-6)]

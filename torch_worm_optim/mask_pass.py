@@ -30,8 +30,8 @@ from torch_worm_optim.threshold import (
     where_set,
 )
 
-# Entries in a chunk: of few, an eighth, since a chunk takes three bytes an entry. Whole lanes, see
-# `counting`.
+# Entries in a chunk: of few, an eighth, since a chunk takes some three bytes an entry. Whole lanes,
+# see `counting`.
 _CHUNK = 1024 * 1920
 _LEAST_CHUNK = 128 * 1920
 _CHUNKS = 8
@@ -104,16 +104,22 @@ def draw_mask_(
 
 def _bracket(scores: Scores, count: int) -> Bracket | None:
     """A bracket in the finest coarse keys of which a byte has room for all that are inside."""
-    # float16 has three bits more, and is as fast but for bfloat16, which has nothing to gain.
-    narrow = all(tensor.dtype == torch.bfloat16 for tensor in scores.entries)
-    for coarse in [torch.bfloat16] if narrow else [torch.float16, torch.bfloat16]:
+    # float16 has three bits more, and is made as fast, except from bfloat16, which has no more. A
+    # single magnitude above 65504 is infinite in it, and then the mask is drawn otherwise.
+    no_more = all(tensor.dtype == torch.bfloat16 for tensor in scores.entries)
+    for coarse in [torch.bfloat16] if no_more else [torch.float16, torch.bfloat16]:
         bracket = find_bracket([scores], count, coarse=coarse)
         # It is upside down if many are NaN.
         if bracket is None or not 0 <= bracket.high - bracket.low < _WIDEST:
             continue
-        if coarse == torch.bfloat16 or bracket.low > COARSE_NORMAL[coarse]:
+        if coarse == torch.bfloat16 or _is_normal(bracket):
             return bracket
     return None
+
+
+def _is_normal(bracket: Bracket) -> bool:
+    """Whether coarse keys inside have one order in all dtypes, in every mode of the processor."""
+    return bracket.low > COARSE_NORMAL[bracket.coarse]
 
 
 def _draw_(passed: _Pass, count: int, quotas: Sequence[int], n_older: int) -> Drawn | None:
@@ -126,19 +132,18 @@ def _draw_(passed: _Pass, count: int, quotas: Sequence[int], n_older: int) -> Dr
     rank = count - (scores.n - n_above - len(inside))
     if highest >= COARSE_INF[bracket.coarse] or not 0 < rank <= len(inside):
         return None
-    # Nearly all of them are told apart by their coarse keys, so that few exact ones are fetched.
-    places = torch.cat(passed.places)
-    ends = [0, *places.bincount().cumsum(0).tolist()]
-    place = bisect_left(ends, rank) - 1
-    key = bracket.low + place
-    [stay], n_tied = keep_highest(
-        [scores],
-        [inside[places == place]],
-        rank - ends[place],
-        Bracket(key, key, bracket.coarse),
-        scores.n,
-    )
-    stay = torch.cat([inside[places > place], stay])
+    higher = inside[:0]
+    if _is_normal(bracket):
+        # Coarse keys tell nearly all of them apart, so that few exact ones are fetched.
+        places = torch.cat(passed.places)
+        ends = [0, *places.bincount().cumsum(0).tolist()]
+        place = bisect_left(ends, rank) - 1
+        rank -= ends[place]
+        higher, inside = inside[places > place], inside[places == place]
+        key = bracket.low + place
+        bracket = Bracket(key, key, bracket.coarse)
+    [stay], n_tied = keep_highest([scores], [inside], rank, bracket, scores.n)
+    stay = torch.cat([higher, stay])
     held = row.index_select(0, stay)
     # They were taken for removed, and counted as differing from every mask that has them.
     differences += len(stay) - 2 * count_all_bits(held)[list(bits)]

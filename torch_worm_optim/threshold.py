@@ -3,8 +3,8 @@
 Magnitudes are compared as integers. The bit patterns of non-negative floating point numbers are in
 the order of the numbers, NaN above infinity, so that no number is lost to rounding, underflow or a
 mode of the processor. Most work is done on *coarse* keys, the pattern of a magnitude rounded to
-half precision, most often bfloat16: rounding keeps the order, two bytes are read faster than four,
-and a table has room for all of them.
+bfloat16, or to float16 in `mask_pass`: rounding keeps the order, two bytes are read faster than
+four, and a table has room for all of them.
 
 1. A sample of the coarse keys brackets the threshold.
 2. One pass keeps what lies above the bracket and notes where the few inside it are.
@@ -61,7 +61,7 @@ _WHOLE = {
 }
 
 with torch.inference_mode(False):
-    # As tensors, since a number is made one of another type first, and converted, at every mask.
+    # As tensors, since a number would be wrapped as int64 and converted at every mask.
     _LARGEST = {
         whole: torch.tensor(torch.iinfo(whole).max, dtype=whole, device="cpu")
         for whole in _WHOLE.values()
@@ -307,7 +307,7 @@ def remove_lowest(places: Sequence[Scores], count: int, add_up: AddUp = add_up_o
     if bracket is None:
         _check_finite(places, [_highest(scores) for scores in places], add_up)
         return _remove_by_counting(places, count, add_up)
-    passed = [_split(scores, bracket) for scores in places]
+    passed = [_split(scores, bracket.low, bracket.high) for scores in places]
     _check_finite(places, [each.highest for each in passed], add_up)
     n, n_above, n_inside = _numbers(
         [
@@ -340,7 +340,7 @@ def keep_highest(
         places: All scores, each in one place.
         inside: For each place the positions of those inside, sorted.
         rank: At least 1, and at most as many as there are inside.
-        bracket: What :func:`find_bracket` found.
+        bracket: Coarse keys between which those of all inside are.
         n: How many scores there are in all places.
         add_up: Adds int64 counts, one for each place, of one shape.
 
@@ -484,18 +484,18 @@ class _Split(NamedTuple):
     highest: int
 
 
-def _split(scores: Scores, bracket: Bracket) -> _Split:
+def _split(scores: Scores, low: int, high: int) -> _Split:
     kept = torch.empty(scores.n, dtype=torch.bool, device=scores.device)
     compared = torch.empty(min(scores.size, scores.n), dtype=torch.int16, device=scores.device)
     within = compared.view(torch.bool)  # what was compared is not needed any more by then
     highest, inside = [_nowhere(scores).new_zeros((), dtype=torch.int16)], [_nowhere(scores)]
-    for start, keys in scores.chunks(bracket.coarse):
+    for start, keys in scores.chunks(torch.bfloat16):
         m = len(keys)
         above, flags = kept[start : start + m], within[:m]
         highest.append(keys.amax())
         # Comparisons that write numbers are as fast as arithmetic, those that write bools are not.
-        above.copy_(torch.gt(keys, bracket.high, out=compared[:m]))
-        flags.copy_(torch.ge(keys, bracket.low, out=keys))
+        above.copy_(torch.gt(keys, high, out=compared[:m]))
+        flags.copy_(torch.ge(keys, low, out=keys))
         flags.view(torch.uint8).bitwise_xor_(above.view(torch.uint8))
         inside.append(where_set(flags).add_(start))
     numbers = torch.stack([count_flags(kept), torch.stack(highest).amax().long()]).tolist()
