@@ -123,12 +123,11 @@ def test_numbers_near_nothing_rank_in_every_mode_of_the_processor(dtype):
     torch.set_num_threads(1)  # a mode is one thread's
     flushes = torch.set_flush_denormal(True)
     try:
-        gave_up = check_equal(mask_pass, dict(zip("ab", weights, strict=True)), 0.5, 5, 0, True)
+        check_equal(mask_pass, dict(zip("ab", weights, strict=True)), 0.5, 5, 0, may_give_up=False)
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
     assert flushes
-    assert gave_up == 0
 
 
 def test_one_that_is_infinite_when_rounded_is_ranked_otherwise():

@@ -9,7 +9,6 @@ some machines takes as long as all the rest.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -25,8 +24,10 @@ from torch_worm_optim.threshold import (
     FEW,
     Bracket,
     Scores,
+    add_up_one,
     find_bracket,
     keep_highest,
+    radix_select,
     where_set,
 )
 
@@ -136,9 +137,7 @@ def _draw_(passed: _Pass, count: int, quotas: Sequence[int], n_older: int) -> Dr
     if _is_normal(bracket):
         # Coarse keys tell nearly all of them apart, so that few exact ones are fetched.
         places = torch.cat(passed.places)
-        ends = [0, *places.bincount().cumsum(0).tolist()]
-        place = bisect_left(ends, rank) - 1
-        rank -= ends[place]
+        place, rank, _ = radix_select([places], rank, add_up_one, (0, _WIDEST))
         higher, inside = inside[places > place], inside[places == place]
         key = bracket.low + place
         bracket = Bracket(key, key, bracket.coarse)

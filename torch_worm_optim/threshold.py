@@ -354,7 +354,7 @@ def keep_highest(
     """
     exact = _exact(places)
     keys = [scores.keys_at(each, exact) for scores, each in zip(places, inside, strict=True)]
-    threshold, n_lost, n_equal = _radix_select(keys, rank, add_up, _exact_range(bracket, exact))
+    threshold, n_lost, n_equal = radix_select(keys, rank, add_up, _exact_range(bracket, exact))
     higher = [each[own > threshold] for each, own in zip(inside, keys, strict=True)]
     equal = [each[own == threshold] for each, own in zip(inside, keys, strict=True)]
     spared = _spared(places, equal, n_lost, n_equal, n, add_up)
@@ -523,13 +523,23 @@ def where_set(flags: Tensor) -> Tensor:
     return torch.cat([found, rest.nonzero().view(-1) + n_whole]) if len(rest) else found
 
 
-def _radix_select(
+def radix_select(
     keys: Sequence[Tensor], rank: int, add_up: AddUp, bounds: tuple[int, int]
 ) -> tuple[int, int, int]:
     """The ``rank``-th lowest key, its rank among its equals, and how many there are.
 
     Bits are looked at from the highest on; each round counts the keys by the next few, and goes on
     with those that have the ones that the rank falls on.
+
+    Args:
+        keys: For each place a tensor of whole numbers.
+        rank: At least 1, and at most as many as there are keys.
+        add_up: Adds int64 counts, one for each place, of one shape.
+        bounds: The lowest and the highest that a key may be.
+
+    Example:
+        >>> radix_select([torch.tensor([3, 5, 5, 9])], 3, add_up_one, (0, 9))
+        (5, 2, 2)
     """
     lowest, highest = bounds
     n_bits = max(1, (highest - lowest).bit_length())
@@ -565,7 +575,7 @@ def _spared(
     if add_up is add_up_one:
         return [equal[0][n_lost:]]
     everywhere = [s.positions(each) for s, each in zip(places, equal, strict=True)]
-    last, _, _ = _radix_select(everywhere, n_lost, add_up, (0, n - 1))
+    last, _, _ = radix_select(everywhere, n_lost, add_up, (0, n - 1))
     return [each[where > last] for each, where in zip(equal, everywhere, strict=True)]
 
 
@@ -598,7 +608,7 @@ def _guess(places: Sequence[Scores], count: int, n: int, add_up: AddUp) -> int:
     sampled = [scores.sample(_stride(n), _exact(places)) for scores in places]
     [n_sampled] = _numbers([[len(each)] for each in sampled], places, add_up)
     rank = min(max(1, round(count / n * n_sampled)), n_sampled)
-    return _radix_select(sampled, rank, add_up, (0, torch.iinfo(_WHOLE[_exact(places)]).max))[0]
+    return radix_select(sampled, rank, add_up, (0, torch.iinfo(_WHOLE[_exact(places)]).max))[0]
 
 
 def _bisect(places: Sequence[Scores], count: int, add_up: AddUp) -> int:
