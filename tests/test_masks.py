@@ -348,6 +348,23 @@ def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
     assert counted == [int((values[start:].numpy() >> bit & 1).sum()) for bit in bits]
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("n_words", [240 * 36, 240 * 37])  # shares are equal or not
+def test_counts_are_the_same_for_any_number_of_threads(n_threads, n_words):
+    """Each adds a share of its own."""
+    values = torch.randint(256, (8 * n_words,), dtype=torch.uint8)
+    flags = values > 99
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        counts, n_flags = count_bits([values], range(8)), count_flags(flags)
+    finally:
+        torch.set_num_threads(before)
+
+    assert counts.tolist() == [int((values.numpy() >> bit & 1).sum()) for bit in range(8)]
+    assert int(n_flags) == flags.numpy().sum()
+
+
 @given(st.integers(0, 20_000), st.integers(0, 9), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0))
 @example(200_000, 3, 1.0, 0)  # every lane as full as it gets, words that do not begin at the flags
 def test_flags_are_counted_as_one_by_one(n, start, share, seed):

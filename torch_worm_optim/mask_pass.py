@@ -88,7 +88,8 @@ def draw_mask_(
         60000
     """
     scores = Scores(entries)
-    scores.size = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * 1920)) * 1920))
+    lanes = 1920 * torch.get_num_threads()  # so that threads can share them, see `counting`
+    scores.size = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * lanes)) * lanes))
     bracket = _bracket(scores, count)
     if bracket is None:
         return None
@@ -185,17 +186,19 @@ class _Pass:
             The bytes of a chunk, with all bits flipped where the new mask has a one.
         """
         low, high, coarse = self.bracket
-        width = high - low + 1
+        # Once as tensors, since a number would be made one in every call.
+        lowest = torch.tensor(low, dtype=torch.int16, device=self.row.device)
+        width = torch.tensor(high - low + 1, dtype=torch.int8, device=self.row.device)
         narrow = torch.empty(self.scores.size, dtype=torch.int8, device=self.row.device)
         for start, keys in self.scores.chunks(coarse, self.room):
             m = len(keys)
             self.highest.append(keys.amax())
             # -1 below, 0 and more inside, `width` above: what one byte has room for.
-            places = narrow[:m].copy_(keys.clamp_(low - 1, high + 1).sub_(low))
+            places = narrow[:m].copy_(keys.clamp_(low - 1, high + 1).sub_(lowest))
             # Comparisons that write numbers are as fast as arithmetic, those that write bools are
             # not; and without a sign -1 is 255. The keys are not needed any more by then.
             flags = keys.view(torch.bool)[:m]
-            torch.lt(places.view(torch.uint8), width, out=flags.view(torch.uint8))
+            torch.lt(places.view(torch.uint8), width.view(torch.uint8), out=flags.view(torch.uint8))
             found = where_set(flags)
             self.places.append(places.index_select(0, found))
             self.inside.append(found.add_(start))

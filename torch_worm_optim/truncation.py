@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,8 +18,12 @@ _NORMALISING = re.compile(
     r"|NovoGrad|MADGRAD|^Mars|CAME|Yogi|AdEMAMix|Ranger|Tiger"
 )
 
-# Entries whose multipliers are made at once: three megabytes, so that they stay in the cache.
-_BLOCK = 3 << 18
+# Entries whose multipliers are made at once: a megabyte, so that they stay in the cache.
+_BLOCK = 9 << 15
+
+with torch.inference_mode(False):
+    # As a tensor, since a number would be made one in every call.
+    _NEWEST = torch.tensor(1, dtype=torch.uint8, device="cpu")
 
 
 def fill_multiplier_(multiplier: Tensor, mask: Tensor, truncation: float) -> None:
@@ -142,22 +145,15 @@ def truncate_removed_(
             kind = gradient.device, gradient.dtype.to_real()
             pieces.setdefault(kind, []).extend(_pieces(gradient, row))
     for (device, dtype), pairs in pieces.items():
-        most = max(piece.numel() for piece, _ in pairs)
-        bits = torch.empty(max(_BLOCK, most), dtype=torch.uint8, device=device)
-        room = torch.empty_like(bits, dtype=dtype)
-        for block in _blocks(pairs):
-            places = list(accumulate((piece.numel() for piece, _ in block), initial=0))
-            for (_, row), start in zip(block, places, strict=False):
-                torch.bitwise_and(row, 1, out=bits[start : start + row.numel()])
-            n = places[-1]
-            made = _multiplier_(room[:n].copy_(bits[:n]), truncation)
-            factors = [
-                part.view(piece.shape)
-                for part, (piece, _) in zip(
-                    torch.split(made, [piece.numel() for piece, _ in block]), block, strict=True
-                )
-            ]
-            torch._foreach_mul_([piece for piece, _ in block], factors)
+        most = max(row.numel() for _, row in pairs)
+        bits = kept = torch.empty(most, dtype=torch.uint8, device=device)
+        room = made = torch.empty_like(bits, dtype=dtype)
+        for piece, row in pairs:
+            n = len(row)
+            if n != len(kept):  # most often it is that of the one before
+                kept, made = bits[:n], room[:n]
+            made.copy_(torch.bitwise_and(row, _NEWEST, out=kept))
+            piece.mul_(_multiplier_(made, truncation).view_as(piece))
 
 
 def _multiplier_(kept: Tensor, truncation: float | Tensor) -> Tensor:
@@ -180,34 +176,17 @@ def _has_kernel(gradient: Tensor, row: Tensor, strength: Tensor) -> bool:
 
 def _pieces(gradient: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A gradient and its bytes, cut along its first dimension where it is larger than a block."""
-    if gradient.numel() <= _BLOCK or len(gradient) == 1:
-        yield gradient, row
+    whole = gradient.view(-1) if gradient.is_contiguous() else gradient
+    if gradient.numel() <= _BLOCK or len(whole) == 1:
+        yield whole, row
         return
-    if gradient.is_contiguous():
-        yield from zip(
-            torch.split(gradient.view(-1), _BLOCK), torch.split(row, _BLOCK), strict=True
-        )
-        return
-    n_rows = max(1, _BLOCK // gradient[0].numel())
+    n_pieces = -(-gradient.numel() // _BLOCK)
+    n_rows = -(-len(whole) // n_pieces)
     yield from zip(
-        torch.split(gradient, n_rows),
-        torch.split(row, n_rows * gradient[0].numel()),
+        torch.split(whole, n_rows),
+        torch.split(row, n_rows * (row.numel() // len(whole))),
         strict=True,
     )
-
-
-def _blocks(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """As many pieces at a time as make a block."""
-    block: list[tuple[Tensor, Tensor]] = []
-    n = 0
-    for pair in pairs:
-        if block and n + pair[0].numel() > _BLOCK:
-            yield block
-            block, n = [], 0
-        block.append(pair)
-        n += pair[0].numel()
-    if block:
-        yield block
 
 
 @torch.no_grad()
