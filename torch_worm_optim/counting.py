@@ -51,7 +51,7 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int], room: Tensor | None
         moved: [bit - moved for bit in bits if (bit > _HIGHEST) == (moved > 0)]
         for moved in (0, _DOWN)
     }
-    lanes: dict[int, list[Tensor]] = {moved: [] for moved, some in places.items() if some}
+    summed: dict[int, list[Tensor]] = {moved: [] for moved, some in places.items() if some}
     few = []
     for values in parts:
         start, end = _whole_words(values)
@@ -63,19 +63,18 @@ def count_bits(parts: Iterable[Tensor], bits: Sequence[int], room: Tensor | None
         words = values[start:end].view(torch.int64)
         if room is None or len(room) < n_words:
             room = torch.empty_like(words)
-        for moved, sums in lanes.items():
+        for moved, sums in summed.items():
             source = words >> moved if moved else words
-            sums.append(_sum_lanes(source, places[moved], room[:n_words]))
+            sums.append(_count_low_bits(source, places[moved], room[:n_words]))
     counts = torch.stack([*few, torch.zeros(8, dtype=torch.int64, device=values.device)]).sum(0)
-    for moved, sums in lanes.items():
+    for moved, sums in summed.items():
         if sums:
-            summed = torch.cat(sums, 1).view(torch.uint8).sum(1, dtype=torch.int64)
-            counts[[moved + place for place in places[moved]]] += summed
+            counts[[moved + place for place in places[moved]]] += torch.stack(sums).sum(0)
     return counts[list(bits)]
 
 
-def _sum_lanes(words: Tensor, places: Sequence[int], room: Tensor) -> Tensor:
-    """For each of some bits 240 words added in each lane; ``room`` is overwritten."""
+def _count_low_bits(words: Tensor, places: Sequence[int], room: Tensor) -> Tensor:
+    """For each of some bits, up to bit 4, how many bytes have it set; ``room`` is overwritten."""
     highest = max(places)
     rows = _ROWS >> highest
     some = words.new_empty(len(places), len(words) // rows)
@@ -87,7 +86,9 @@ def _sum_lanes(words: Tensor, places: Sequence[int], room: Tensor) -> Tensor:
     # number with a sign, which must not fill the highest lane: no count has that many bits.
     some >>= torch.tensor(places, device=words.device)[:, None]
     some &= _LANES * (0xFF >> highest) if highest else -1
-    return some.view(len(places), _ROWS // rows, -1).sum(1)
+    lanes = some.view(len(places), _ROWS // rows, -1).sum(1)
+    # Not those of many parts at once: each byte is made a word before it is added.
+    return lanes.view(torch.uint8).sum(1, dtype=torch.int64)
 
 
 def _add_rows(words: Tensor, rows: int, out: Tensor) -> Tensor:
