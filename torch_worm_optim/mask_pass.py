@@ -31,11 +31,11 @@ from torch_worm_optim.threshold import (
     where_set,
 )
 
-# Entries in a chunk: of few, an eighth, since a chunk takes some three bytes an entry. Whole lanes,
-# see `counting`.
+# Entries in a chunk: of few, a sixth, since a chunk takes some two bytes an entry. Whole lanes,
+# see `counting`. Keys, which have two bytes, are made for half a chunk, in the processor's cache.
 _CHUNK = 1024 * 1920
-_LEAST_CHUNK = 128 * 1920
-_CHUNKS = 8
+_LEAST_CHUNK = 192 * 1920
+_CHUNKS = 6
 # Coarse keys that a byte tells apart, besides one for all below and one for all above.
 _WIDEST = 126
 
@@ -89,7 +89,8 @@ def draw_mask_(
     """
     scores = Scores(entries)
     lanes = 1920 * torch.get_num_threads()  # so that threads can share them, see `counting`
-    scores.size = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * lanes)) * lanes))
+    chunk = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * lanes)) * lanes))
+    scores.size = chunk // 2
     bracket = _bracket(scores, count)
     if bracket is None:
         return None
@@ -171,7 +172,7 @@ class _Pass:
 
     def __init__(self, scores: Scores, row: Tensor, bracket: Bracket) -> None:
         self.scores, self.row, self.bracket = scores, row, bracket
-        # For a chunk's keys, then its flags, then to count in: each is done with before the next.
+        # For keys, then a chunk's flags, then to count in: each is done with before the next.
         self.room = torch.empty(scores.size, dtype=bracket.coarse, device=row.device)
         self.pushed: list[Tensor] = []
         self.inside: list[Tensor] = []
@@ -185,19 +186,16 @@ class _Pass:
         Yields:
             The bytes of a chunk, with all bits flipped where the new mask has a one.
         """
-        low, high, coarse = self.bracket
-        # Once as tensors, since a number would be made one in every call.
-        lowest = torch.tensor(low, dtype=torch.int16, device=self.row.device)
-        width = torch.tensor(high - low + 1, dtype=torch.int8, device=self.row.device)
-        narrow = torch.empty(self.scores.size, dtype=torch.int8, device=self.row.device)
-        for start, keys in self.scores.chunks(coarse, self.room):
-            m = len(keys)
-            self.highest.append(keys.amax())
-            # -1 below, 0 and more inside, `width` above: what one byte has room for.
-            places = narrow[:m].copy_(keys.clamp_(low - 1, high + 1).sub_(lowest))
+        bracket = self.bracket
+        # Once as a tensor, since a number would be made one in every call.
+        width = torch.tensor(
+            bracket.high - bracket.low + 1, dtype=torch.int8, device=self.row.device
+        )
+        for start, places in self._placed():
+            m = len(places)
             # Comparisons that write numbers are as fast as arithmetic, those that write bools are
             # not; and without a sign -1 is 255. The keys are not needed any more by then.
-            flags = keys.view(torch.bool)[:m]
+            flags = self.room.view(torch.bool)[:m]
             torch.lt(places.view(torch.uint8), width.view(torch.uint8), out=flags.view(torch.uint8))
             found = where_set(flags)
             self.places.append(places.index_select(0, found))
@@ -208,3 +206,21 @@ class _Pass:
             # Pushed and noted in one call, between whose two halves nothing can interrupt.
             self.pushed.extend(map(partial(torch.add, alpha=2, out=held), [above], [held]))
             yield above.neg_().bitwise_xor_(held)
+
+    def _placed(self) -> Iterator[tuple[int, Tensor]]:
+        """The position of each chunk, and where its keys are: in a byte what there is room for."""
+        low, high, coarse = self.bracket
+        lowest = torch.tensor(low, dtype=torch.int16, device=self.row.device)
+        chunk = torch.empty(2 * self.scores.size, dtype=torch.int8, device=self.row.device)
+        start = filled = 0
+        for _, keys in self.scores.chunks(coarse, self.room):
+            self.highest.append(keys.amax())
+            # -1 below, 0 and more inside, and above the one that follows those.
+            places = keys.clamp_(low - 1, high + 1).sub_(lowest)
+            chunk[filled : filled + len(keys)].copy_(places)
+            filled += len(keys)
+            if len(chunk) - filled < self.scores.size:
+                yield start, chunk[:filled]
+                start, filled = start + filled, 0
+        if filled:
+            yield start, chunk[:filled]

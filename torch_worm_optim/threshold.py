@@ -449,8 +449,7 @@ def find_bracket(
     """
     [n] = _numbers([[scores.n] for scores in places], places, add_up)
     tables = [
-        scores.sample(_stride(n), coarse).int().bincount(minlength=1 << 15).int()
-        for scores in places
+        scores.sample(_stride(n), coarse).bincount(minlength=1 << 15).int() for scores in places
     ]
     ranks = add_up(tables).cumsum(0).cpu()
     n_sampled = int(ranks[-1])
