@@ -94,7 +94,7 @@ def _count_low_bits(words: Tensor, places: Sequence[int], room: Tensor) -> Tenso
 def _add_rows(words: Tensor, rows: int, out: Tensor) -> Tensor:
     """Add so many words each to one."""
     # Each thread adds what most likely was written by itself, a share from the beginning to the
-    # end: to read what lies in another one's cache takes three times as long.
+    # end: to read what lies in another one's cache takes twice as long.
     n_threads = torch.get_num_threads()
     n_shares = n_threads if len(out) % n_threads == 0 else 1
     torch.sum(words.view(n_shares, rows, -1), 1, out=out.view(n_shares, -1))
