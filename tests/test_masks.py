@@ -322,6 +322,19 @@ def test_numbers_that_round_to_infinity_are_finite():
             compute_mask({"w": bad}, ratio)
 
 
+@pytest.mark.parametrize("width", [640, 768, 896, 1024, 1152, 1280, 2048])
+@pytest.mark.parametrize("rows", [2000, 30_000])
+def test_a_sample_sees_all_columns(width, rows):
+    """Columns differ in scale: were some left out, the threshold would be looked for elsewhere."""
+    weights = torch.arange(1.0, width + 1).repeat(rows, 1)
+    scores = threshold.Scores([weights])
+
+    sampled = scores.sample(threshold._stride(scores.n), torch.float32)
+
+    assert len(sampled.unique()) == width
+    assert len(sampled) < scores.n / 4
+
+
 @given(
     st.lists(st.integers(0, 7), min_size=1),
     st.integers(0, 9),

@@ -12,6 +12,8 @@ _BYTES = 8
 _LANES = 0x0101010101010101
 # Words that are added in one lane: 240 of the lowest bit, 15 of bit 4, and 240 / 2 ** i of bit i.
 _ROWS = 240
+# Elements for which torch does not ask another thread.
+_GRAIN = 1 << 15
 # So few words are not worth the trouble.
 _FEW = 16 * _ROWS
 # Bits above this one are moved down so far before they are added: too few would fill a lane.
@@ -93,10 +95,10 @@ def _count_low_bits(words: Tensor, places: Sequence[int], room: Tensor) -> Tenso
 
 def _add_rows(words: Tensor, rows: int, out: Tensor) -> Tensor:
     """Add so many words each to one."""
-    # Each thread adds what most likely was written by itself, a share from the beginning to the
-    # end: to read what lies in another one's cache takes twice as long.
-    n_threads = torch.get_num_threads()
-    n_shares = n_threads if len(out) % n_threads == 0 else 1
+    # Each thread of the host adds what most likely was written by itself, an equal share of all:
+    # to read what lies in another one's cache takes twice as long.
+    n_threads = min(torch.get_num_threads(), -(-len(words) // _GRAIN))
+    n_shares = n_threads if words.device.type == "cpu" and len(out) % n_threads == 0 else 1
     torch.sum(words.view(n_shares, rows, -1), 1, out=out.view(n_shares, -1))
     return out
 

@@ -88,9 +88,7 @@ def draw_mask_(
         60000
     """
     scores = Scores(entries)
-    lanes = 1920 * torch.get_num_threads()  # so that threads can share them, see `counting`
-    chunk = min(_CHUNK, max(_LEAST_CHUNK, -(-scores.n // (_CHUNKS * lanes)) * lanes))
-    scores.size = chunk // 2
+    scores.size = _chunk(scores.n) // 2
     bracket = _bracket(scores, count)
     if bracket is None:
         return None
@@ -103,6 +101,13 @@ def draw_mask_(
             # The oldest bit is lost, that of a mask which would have fallen out of the window.
             passed.row[: sum(map(len, passed.pushed))].bitwise_right_shift_(1)
     return drawn
+
+
+def _chunk(n: int) -> int:
+    """Entries in a chunk, such that all threads get whole lanes where there is one for each."""
+    lanes = 1920 * torch.get_num_threads()
+    most, least = (size // lanes * lanes or size for size in (_CHUNK, _LEAST_CHUNK))
+    return min(most, max(least, -(-n // (_CHUNKS * lanes)) * lanes))
 
 
 def _bracket(scores: Scores, count: int) -> Bracket | None:
@@ -186,17 +191,16 @@ class _Pass:
         Yields:
             The bytes of a chunk, with all bits flipped where the new mask has a one.
         """
-        bracket = self.bracket
         # Once as a tensor, since a number would be made one in every call.
-        width = torch.tensor(
-            bracket.high - bracket.low + 1, dtype=torch.int8, device=self.row.device
-        )
+        n_inside = self.bracket.high - self.bracket.low + 1
+        width = torch.tensor(n_inside, dtype=torch.int8, device=self.row.device)
+        unsigned = width.view(torch.uint8)
         for start, places in self._placed():
             m = len(places)
             # Comparisons that write numbers are as fast as arithmetic, those that write bools are
             # not; and without a sign -1 is 255. The keys are not needed any more by then.
             flags = self.room.view(torch.bool)[:m]
-            torch.lt(places.view(torch.uint8), width.view(torch.uint8), out=flags.view(torch.uint8))
+            torch.lt(places.view(torch.uint8), unsigned, out=flags.view(torch.uint8))
             found = where_set(flags)
             self.places.append(places.index_select(0, found))
             self.inside.append(found.add_(start))
@@ -208,7 +212,11 @@ class _Pass:
             yield above.neg_().bitwise_xor_(held)
 
     def _placed(self) -> Iterator[tuple[int, Tensor]]:
-        """The position of each chunk, and where its keys are: in a byte what there is room for."""
+        """The position of each chunk, and where its keys are: in a byte what there is room for.
+
+        A chunk is twice as many as keys are made for at once, less where a strided tensor ends
+        before, and is handed out as soon as those that follow may not fit.
+        """
         low, high, coarse = self.bracket
         lowest = torch.tensor(low, dtype=torch.int16, device=self.row.device)
         chunk = torch.empty(2 * self.scores.size, dtype=torch.int8, device=self.row.device)

@@ -43,7 +43,7 @@ FEW = 1 << 15
 _SAMPLE = 1 << 20
 _SAMPLED = 32
 _DEVIATIONS = 3.5
-_RUN = 8
+_RUN = 16
 # A bracket that holds more than this share of the sample is not worth noting one by one.
 _CROWDED = 1 / 16
 # Bits that a radix select looks at in a round, which sends 8 KiB of counts.
@@ -270,8 +270,12 @@ def _nowhere(scores: Scores) -> Tensor:
 
 
 def _stride(n: int) -> int:
-    # Odd, so that it wanders over rows and columns.
-    return max(1, n // _SAMPLE, min(_SAMPLED, n // FEW)) | 1
+    stride = max(1, n // _SAMPLE, min(_SAMPLED, n // FEW))
+    # Rows have lengths like 768 or 640. A stride that has a factor in common with them would see
+    # the same few columns of all rows.
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
+        stride -= 1
+    return stride
 
 
 def add_up_one(counts: Sequence[Tensor]) -> Tensor:

@@ -146,14 +146,14 @@ def truncate_removed_(
             pieces.setdefault(kind, []).extend(_pieces(gradient, row))
     for (device, dtype), pairs in pieces.items():
         most = max(row.numel() for _, row in pairs)
-        bits = kept = torch.empty(most, dtype=torch.uint8, device=device)
-        room = made = torch.empty_like(bits, dtype=dtype)
+        bits = torch.empty(most, dtype=torch.uint8, device=device)
+        numbers = torch.empty(most, dtype=dtype, device=device)
+        kept, multiplier = bits, numbers  # views of these, as long as the piece
         for piece, row in pairs:
-            n = len(row)
-            if n != len(kept):  # most often it is that of the one before
-                kept, made = bits[:n], room[:n]
-            made.copy_(torch.bitwise_and(row, _NEWEST, out=kept))
-            piece.mul_(_multiplier_(made, truncation).view_as(piece))
+            if len(kept) != len(row):  # most pieces have one length
+                kept, multiplier = bits[: len(row)], numbers[: len(row)]
+            multiplier.copy_(torch.bitwise_and(row, _NEWEST, out=kept))
+            piece.mul_(_multiplier_(multiplier, truncation).view_as(piece))
 
 
 def _multiplier_(kept: Tensor, truncation: float | Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def _has_kernel(gradient: Tensor, row: Tensor, strength: Tensor) -> bool:
 
 
 def _pieces(gradient: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A gradient and its bytes, cut along its first dimension where it is larger than a block."""
+    """A gradient and its bytes, cut where it is larger than a block: flat, or between rows."""
     whole = gradient.view(-1) if gradient.is_contiguous() else gradient
     if gradient.numel() <= _BLOCK or len(whole) == 1:
         yield whole, row
