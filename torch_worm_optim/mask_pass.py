@@ -192,8 +192,8 @@ class _Pass:
             The bytes of a chunk, with all bits flipped where the new mask has a one.
         """
         # Once as a tensor, since a number would be made one in every call.
-        n_inside = self.bracket.high - self.bracket.low + 1
-        width = torch.tensor(n_inside, dtype=torch.int8, device=self.row.device)
+        n_values = self.bracket.high - self.bracket.low + 1
+        width = torch.tensor(n_values, dtype=torch.int8, device=self.row.device)
         unsigned = width.view(torch.uint8)
         for start, places in self._placed():
             m = len(places)
