@@ -13,8 +13,8 @@ from reference import exact_count, reference_distance, reference_mask, reference
 from strategies import layers, mask_sequences, masks, prune_ratios, scopes
 from torch import Tensor
 
+from torch_worm_optim import counting, threshold
 from torch_worm_optim import masks as masks_module
-from torch_worm_optim import threshold
 from torch_worm_optim.counting import count_bits, count_flags
 from torch_worm_optim.masks import (
     compute_mask,
@@ -362,10 +362,12 @@ def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-@pytest.mark.parametrize("n_words", [240 * 36, 240 * 37])  # shares are equal or not
+@pytest.mark.parametrize("n_words", [240 * 420, 240 * 421])  # shares are equal or not
 def test_counts_are_the_same_for_any_number_of_threads(n_threads, n_words):
-    """Each adds a share of its own."""
+    """Each adds a share of its own, of so many that there is one for each."""
+    assert n_words > 3 * counting._GRAIN
     values = torch.randint(256, (8 * n_words,), dtype=torch.uint8)
+    values[: 4 * n_words] = 255  # lanes as full as they get
     flags = values > 99
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
