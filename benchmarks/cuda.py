@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import table
+from benchmarks.__main__ import sample_of, table
 from torch_worm_optim import ParameterSelector, WormOptimizer
-from torch_worm_optim.kernels import kernels_run
-from torch_worm_optim.masks import compute_mask, new_window, push_mask_, window_distances
-from torch_worm_optim.truncation import truncate_gradients_, truncate_removed_
+from torch_worm_optim.truncation import scale_gradients_
 
 WINDOW = 5
 
@@ -58,35 +56,19 @@ def samples(weights: dict[str, Tensor], repeats: int) -> list[dict[str, object]]
     """One mask and all distances, beside reading the weights once."""
     device = next(iter(weights.values())).device
     n = sum(weight.numel() for weight in weights.values())
-    window = new_window(n, WINDOW, device)
-
-    def ours() -> tuple[float, ...]:
-        push_mask_(window, compute_mask(weights, 0.5).kept)
-        return window_distances(window, WINDOW)
-
-    def kernels() -> object:
-        from torch_worm_optim.mask_kernel import draw_mask_
-
-        return draw_mask_(list(weights.values()), window, n // 2, [1] * len(weights), WINDOW - 1)
-
     works: dict[str, Callable[[], object]] = {
-        "plain operators": ours,
+        "ours": sample_of(weights),
         "reading once": lambda: [weight.sum() for weight in weights.values()],
     }
-    if kernels_run(device):
-        works["kernels"] = kernels
-    seconds = medians(works, repeats, device)
+    times = medians(works, repeats, device)
     return [
         {
-            "work": f"sample by {name}, {n / 1e6:.0f} M entries",
-            "ours, ms": seconds[name],
+            "work": f"sample, {n / 1e6:.0f} M entries",
+            "ours, ms": times["ours"],
             "rival": "reading once",
-            "rival, ms": seconds["reading once"],
-            "times the rival": seconds[name] / seconds["reading once"],
-            "goal": 5.0,
+            "rival, ms": times["reading once"],
+            "times the rival": times["ours"] / times["reading once"],
         }
-        for name in ("kernels", "plain operators")
-        if name in seconds
     ]
 
 
@@ -95,28 +77,24 @@ def truncation(weights: dict[str, Tensor], repeats: int) -> list[dict[str, objec
     gradients = [torch.randn_like(weight) for weight in weights.values()]
     device, n = gradients[0].device, sum(each.numel() for each in gradients)
     size = gradients[0].element_size()
-    rows = [torch.randint(256, (g.numel(),), dtype=torch.uint8, device=device) for g in gradients]
     multipliers = [torch.ones_like(g) for g in gradients]
-    strength = torch.tensor(0.999, device=device)
-    # Read and written once, and a byte of the mask: a copy moves two bytes for each of its own.
-    source = torch.empty(n * (2 * size + 1) // 2, dtype=torch.uint8, device=device)
+    # A gradient is read and written and a multiplier read: a copy reads and writes.
+    source = torch.empty(n * 3 * size // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     works: dict[str, Callable[[], object]] = {
-        "bytes": lambda: truncate_removed_(gradients, rows, strength),
-        "multipliers": lambda: truncate_gradients_(gradients, multipliers),
+        "ours": lambda: scale_gradients_(gradients, multipliers),
         "floor": lambda: target.copy_(source),
     }
-    seconds = medians(works, repeats, device)
+    times = medians(works, repeats, device)
     return [
         {
-            "work": f"truncation by {name}, {n / 1e6:.0f} M entries",
-            "ours, ms": seconds[name],
-            "rival": f"floor, {2 * size + 1} bytes an entry",
-            "rival, ms": seconds["floor"],
-            "times the rival": seconds[name] / seconds["floor"],
+            "work": f"truncation, {n / 1e6:.0f} M entries",
+            "ours, ms": times["ours"],
+            "rival": f"floor, {3 * size} bytes an entry",
+            "rival, ms": times["floor"],
+            "times the rival": times["ours"] / times["floor"],
             "goal": 1.2,
         }
-        for name in ("bytes", "multipliers")
     ]
 
 
@@ -202,7 +180,7 @@ def waits(weights: dict[str, Tensor]) -> list[dict[str, object]]:
         parameter.grad = torch.zeros_like(parameter)
     opt.step()
     rows: list[dict[str, object]] = []
-    for name, work, goal in (("step", opt.step, 0), ("sample", opt.sample, 1)):
+    for name, work, goal in (("step", opt.step, 0), ("sample", opt.sample, None)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")

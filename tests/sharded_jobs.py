@@ -28,8 +28,8 @@ from torch_worm_optim import (
     QueryKeySelector,
     Representative,
     WormOptimizer,
-    threshold,
 )
+from torch_worm_optim import masks as masks_module
 from torch_worm_optim.pruning import apply_ticket_
 
 
@@ -173,9 +173,9 @@ def outcome(net: nn.Module, opt: WormOptimizer) -> dict[str, Any]:
     }
 
 
-MANY = {"_CROWDED": 0.9, "_HOST_CHUNK": 40, "_LEAST_CHUNK": 40, "_DEVIATIONS": 1.0}
-FEW = {name: getattr(threshold, name) for name in MANY}
-"""Settings with which a few entries go the ways that few go, and that millions go."""
+FEW = {"_HOST_CHUNK": masks_module._HOST_CHUNK}
+MANY = {"_HOST_CHUNK": 40}
+"""With chunks so small a few entries are counted as millions are."""
 
 
 def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = False) -> list[Any]:
@@ -183,7 +183,7 @@ def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = Fa
     results = []
     for case, settings in itertools.product(cases, (FEW, MANY)):
         for name, value in settings.items():
-            setattr(threshold, name, value)
+            setattr(masks_module, name, value)
         net, opt = build(layout, which, after, sample_every=None, **case)
         with torch.no_grad():  # an evaluation leaves whole parameters in FSDP's root module
             net.eval()(batch_of(0)[0])
@@ -199,7 +199,7 @@ def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = Fa
         ties = [str(w.message).split(":")[0] for w in caught if "tie for" in str(w.message)]
         results.append((masks, outcome(net, opt)["history"], ties))
     for name, value in FEW.items():
-        setattr(threshold, name, value)
+        setattr(masks_module, name, value)
     return results
 
 

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from reference import exact_count, reference_distance, reference_mask, reference_ties
-from strategies import layers, mask_sequences, masks, prune_ratios, scopes
+from reference import exact_count, reference_mask, reference_ties
+from strategies import layers, prune_ratios, scopes
 from torch import Tensor
 
-from torch_worm_optim import counting, threshold
 from torch_worm_optim import masks as masks_module
-from torch_worm_optim.counting import count_bits, count_flags
-from torch_worm_optim.masks import (
-    compute_mask,
-    mask_distance,
-    new_window,
-    newest_mask,
-    push_mask_,
-    spread_mask,
-    unit_magnitudes,
-    window_distances,
-)
+from torch_worm_optim.masks import compute_mask, sum_over_ranks
+from torch_worm_optim.units import expand_mask, unit_magnitudes
 
 min_keeps = st.integers(0, 3)
 
@@ -176,6 +168,16 @@ def test_dtypes_beyond_the_usual_can_be_ranked(dtype):
     assert draw_mask({"w": weights}, 0.5) == [False, True, False, True]
 
 
+def test_the_first_of_several_bad_weights_is_named():
+    """Whoever mends one after the other goes through the network from its start."""
+    weights = {"good": torch.ones(3), "first": torch.ones(3), "last": torch.ones(3)}
+    weights["first"][2] = weights["last"][0] = math.nan
+
+    for scope in ("global", "layer"):
+        with pytest.raises(ValueError, match="Cannot rank 'first'"):
+            compute_mask(weights, 0.5, scope=scope)
+
+
 def test_numbers_of_eight_bits_that_are_bad_are_named():
     """What torch cannot ask about eight-bit numbers is asked about wider ones."""
     weights = torch.randn(100)
@@ -200,17 +202,14 @@ def test_ratios_and_scopes_must_be_in_range(ratio):
         compute_mask({"w": torch.ones(4)}, 0.5, scope="Layer")
 
 
-@pytest.fixture
-def _small_chunks(monkeypatch):
+@pytest.fixture(params=["sampled", "counted"])
+def _small_chunks(request, monkeypatch):
     """Chunks and samples so small that a few entries go every way that millions go."""
-    monkeypatch.setattr(threshold, "_HOST_CHUNK", 8)
-    monkeypatch.setattr(threshold, "_LEAST_CHUNK", 8)
-    monkeypatch.setattr(threshold, "FEW", 4)
-    monkeypatch.setattr(threshold, "_SAMPLE", 6)
-    monkeypatch.setattr(masks_module, "_PART", 3)
-    monkeypatch.setattr(masks_module, "GLANCE", 2)
-    monkeypatch.setattr(masks_module, "_FEW", 2)
-    monkeypatch.setattr(threshold, "_DEVIATIONS", 0.7)
+    monkeypatch.setattr(masks_module, "_HOST_CHUNK", 8)
+    monkeypatch.setattr(masks_module, "_SAMPLE", 6)
+    monkeypatch.setattr(masks_module, "_LARGEST_BRACKET", 0.6)
+    if request.param == "counted":
+        monkeypatch.setattr(masks_module, "_keep_above_sampled_bracket", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -277,35 +276,17 @@ def test_numbers_near_nothing_rank_in_every_mode_of_the_processor():
     assert kept[order[4000:]].all()
 
 
-@pytest.mark.parametrize("sample", ["lowest", "highest"])
-def test_a_sample_that_misleads_costs_time_only(monkeypatch, sample):
-    """The lowest are found wherever the bracket lies."""
-    scores = torch.randn(300_000, dtype=torch.float64)
-    order = scores.abs().sort().indices
-    chosen = order[:200] if sample == "lowest" else order[-200:]
-    monkeypatch.setattr(
-        threshold.Scores,
-        "sample",
-        lambda self, stride, dtype: self.keys_at(chosen.sort().values, dtype),
-    )
-
-    for count in (1, 150_000, 299_999, 300_000):
-        kept = threshold.remove_lowest([threshold.Scores([scores])], count).kept[0]
-        assert set(order[:count].tolist()) == set((~kept).nonzero().flatten().tolist())
-
-
-@pytest.mark.parametrize("equal", ["half", "all"])
-def test_equal_scores_are_found_without_bisection(monkeypatch, equal):
-    """A score that a large share has is found by a guess, which two passes prove."""
-    scores = torch.randn(200_000)
-    scores[: 120_000 if equal == "half" else 200_000] = 0.7
-    monkeypatch.setattr(threshold, "_bisect", None)
-
-    selection = threshold.remove_lowest([threshold.Scores([scores])], 100_000)
-
+@pytest.mark.parametrize("bracket", [(0, 5), (1 << 30, (1 << 30) + 5), (5, 1 << 30)])
+def test_a_bracket_that_misses_costs_time_only(monkeypatch, bracket):
+    """Below the threshold, above it, and around far too many entries: the mask is the same."""
+    scores = torch.randn(300_000)
     order = scores.abs().sort(stable=True).indices
-    assert not selection.kept[0][order[:100_000]].any()
-    assert selection.n_tied == (120_000 if equal == "half" else 200_000)
+    monkeypatch.setattr(masks_module, "_bracket", lambda *_: bracket)
+
+    for count in (3000, 150_000, 297_000):
+        kept = compute_mask({"w": scores}, count / 300_000, min_keep=0).kept
+        assert not kept[order[:count]].any()
+        assert kept[order[count:]].all()
 
 
 def test_numbers_that_round_to_infinity_are_finite():
@@ -324,79 +305,24 @@ def test_numbers_that_round_to_infinity_are_finite():
 
 @pytest.mark.parametrize("width", [640, 768, 896, 1024, 1152, 1280, 2048])
 @pytest.mark.parametrize("rows", [2000, 30_000])
-def test_a_sample_sees_all_columns(width, rows):
+def test_a_sample_sees_all_columns(monkeypatch, width, rows):
     """Columns differ in scale: were some left out, the threshold would be looked for elsewhere."""
     weights = torch.arange(1.0, width + 1).repeat(rows, 1)
-    scores = threshold.Scores([weights])
+    strides, seen = [], []
+    usual = masks_module._Group.chunks
 
-    sampled = scores.sample(threshold._stride(scores.n), torch.float32)
+    def chunks(group, stride=1):
+        strides.append(stride)
+        for start, keys in usual(group, stride):
+            seen.extend(keys.unique().tolist() if stride > 1 else [])
+            yield start, keys
 
-    assert len(sampled.unique()) == width
-    assert len(sampled) < scores.n / 4
+    monkeypatch.setattr(masks_module._Group, "chunks", chunks)
 
+    compute_mask({"w": weights}, 0.5)
 
-@given(
-    st.lists(st.integers(0, 7), min_size=1),
-    st.integers(0, 9),
-    st.integers(0, 90_000) | st.integers(31_000, 90_000),  # fewer are counted in another way
-    st.integers(1, 90_000) | st.just(90_000),
-    st.integers(0, 99),
-)
-@example([4, 0, 7], 3, 8 * 240 * 33 + 5, 90_000, 1)
-@example([0], 0, 8 * 240 * 44, 8 * 240 * 20 + 1, 0)
-@example([0, 0], 0, 30_721, 30_720, 0)  # asked for twice
-@example([1], 0, 8 * 240 * 44, 90_000, 0)  # the highest lane's sum is a negative word, or is not
-@example([7, 3], 0, 8 * 240 * 44, 90_000, 0)
-def test_bits_are_counted_eight_bytes_at_a_time(bits, start, n, part, seed):
-    """Lanes neither overflow nor miss a byte, wherever the bytes begin."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(256, (start + n,), dtype=torch.uint8, generator=generator)
-    if seed % 2:
-        values.fill_(255)
-    if seed % 3 == 2:  # some lanes are as full as they get, some are not
-        values[start + n // 3 :] = 0
-
-    counted = count_bits(torch.split(values[start:], part), bits).tolist()
-
-    assert counted == [int((values[start:].numpy() >> bit & 1).sum()) for bit in bits]
-
-
-@pytest.mark.parametrize("n_threads", [1, 2, 3])
-@pytest.mark.parametrize("n_words", [240 * 420, 240 * 421])  # shares are equal or not
-def test_counts_are_the_same_for_any_number_of_threads(n_threads, n_words):
-    """Each adds a share of its own, of so many that there is one for each."""
-    assert n_words > 3 * counting._GRAIN
-    values = torch.randint(256, (8 * n_words,), dtype=torch.uint8)
-    values[: 4 * n_words] = 255  # lanes as full as they get
-    flags = values > 99
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        counts, n_flags = count_bits([values], range(8)), count_flags(flags)
-    finally:
-        torch.set_num_threads(before)
-
-    assert counts.tolist() == [int((values.numpy() >> bit & 1).sum()) for bit in range(8)]
-    assert int(n_flags) == flags.numpy().sum()
-
-
-@given(st.integers(0, 20_000), st.integers(0, 9), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0))
-@example(200_000, 3, 1.0, 0)  # every lane as full as it gets, words that do not begin at the flags
-def test_flags_are_counted_as_one_by_one(n, start, share, seed):
-    """Wherever they lie in memory, however many: a wrong count would only make a mask slower."""
-    flags = torch.rand(start + n, generator=torch.Generator().manual_seed(seed % 2**63)) < share
-
-    assert int(count_flags(flags[start:])) == sum(flags[start:].tolist())
-
-
-@given(st.integers(0, 300), st.sampled_from([0.0, 0.02, 0.5, 1.0]), st.integers(0))
-@example(8, 1.0, 0)
-@example(7, 1.0, 0)  # no eight of them
-def test_set_flags_are_found_as_one_by_one(n, share, seed):
-    """Eight at a time and what is left over, few or many."""
-    flags = torch.rand(n, generator=torch.Generator().manual_seed(seed % 2**63)) < share
-
-    assert threshold.where_set(flags).tolist() == [i for i, on in enumerate(flags.tolist()) if on]
+    assert strides[0] > 4
+    assert len(set(seen)) == width
 
 
 @pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])
@@ -436,60 +362,100 @@ def test_large_masks_equal_a_sort(n):
     assert torch.equal(expected, kept)
 
 
-@given(st.integers(1, 30).flatmap(lambda n: st.tuples(masks(n), masks(n), masks(n))))
-def test_distance_is_a_metric(three):
-    """Zero for equal masks only, symmetric, and never longer than the way through a third."""
-    a, b, c = (torch.tensor(mask) for mask in three)
-
-    assert mask_distance(a, b) == reference_distance(*three[:2])
-    assert (mask_distance(a, b) == 0) == torch.equal(a, b)
-    assert mask_distance(a, b) == mask_distance(b, a)
-    assert mask_distance(a, c) <= mask_distance(a, b) + mask_distance(b, c) + 1e-12
-    assert mask_distance(a, ~a) == 1
-
-
-def test_masks_of_two_shapes_have_no_distance():
-    """Shapes must agree; broadcasting would count entries that are not there."""
-    with pytest.raises(ValueError, match=r"one shape, got \(2,\) and \(1,\)"):
-        mask_distance(torch.ones(2, dtype=torch.bool), torch.ones(1, dtype=torch.bool))
-
-
-@given(mask_sequences(), st.one_of(st.integers(2, 9), st.integers(10, 20)))
-# Older rows were once shifted in a copy, so that windows of more than eight forgot.
-@example([[True]] * 12, 9)
-@example([[False], [True]] * 10, 17)
-@pytest.mark.parametrize("few", [0, 1 << 15])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_window_distances_equal_the_distances_one_by_one(monkeypatch, few, sequence, window):
-    """One pass over the packed window gives what comparing the masks two by two gives."""
-    monkeypatch.setattr(masks_module, "_FEW", few)
-    bits = new_window(len(sequence[0]), window)
-    for mask in sequence:
-        push_mask_(bits, torch.tensor(mask))
-
-    held = sequence[-window:]
-    assert newest_mask(bits).tolist() == held[-1]
-    assert window_distances(bits, len(held)) == tuple(
-        reference_distance(held[-1], older) for older in held[:-1]
-    )
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "ties"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_masks_are_the_same_on_every_device(dtype, scope):
-    """CPU and CUDA draw one mask, ties included, and measure one distance."""
-    weights = {name: torch.randn(4000).to(dtype) for name in "abc"}
+def test_masks_are_the_same_on_every_device(dtype, kind, scope):
+    """CPU and CUDA draw one mask, ties included."""
+    weights = {name: torch.randn(4000) for name in "abc"}
+    if kind == "ties":
+        weights = {name: tensor.mul(2).round() for name, tensor in weights.items()}
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     on_gpu = {name: tensor.cuda() for name, tensor in weights.items()}
 
-    kept = [compute_mask(w, 0.5, scope=scope).kept for w in (weights, on_gpu)]
+    masks = [compute_mask(w, 0.5, scope=scope) for w in (weights, on_gpu)]
 
-    assert torch.equal(kept[0], kept[1].cpu())
-    windows = [new_window(12000, 5, device=mask.device) for mask in kept]
-    for bits, mask in zip(windows, kept, strict=True):
-        push_mask_(bits, mask)
-        push_mask_(bits, mask.roll(1))
-    assert window_distances(windows[0], 2) == window_distances(windows[1], 2)
+    assert torch.equal(masks[0].kept, masks[1].kept.cpu())
+    assert masks[0].n_tied == masks[1].n_tied
+
+
+class FakeShard:
+    """Every so-and-so-many-th entry of a tensor, as one of several ranks in this process has it.
+
+    A count is added up by running the same code for every rank and exchanging what they ask.
+    """
+
+    def __init__(self, rank, n_ranks, numel, exchange):
+        self.rank, self.n_ranks, self.numel, self.exchange = rank, n_ranks, numel, exchange
+        self.group = "ranks"
+
+    def global_indices(self, local_indices):
+        """Where they are among all."""
+        return local_indices * self.n_ranks + self.rank
+
+    def all_reduce(self, counts):
+        """The sum over ranks."""
+        return self.exchange(self.rank, counts)
+
+
+def on_ranks(n_ranks, work):
+    """What `work(rank, exchange)` returns on each rank, in threads that meet at each exchange."""
+    barrier = threading.Barrier(n_ranks)
+    asked = [None] * n_ranks
+
+    def exchange(rank, counts):
+        asked[rank] = counts.clone()
+        barrier.wait()
+        total = torch.stack(asked).sum(0)
+        barrier.wait()
+        return total
+
+    with ThreadPoolExecutor(n_ranks) as pool:
+        return list(pool.map(lambda rank: work(rank, exchange), range(n_ranks)))
+
+
+@settings(max_examples=40)
+@given(layers(), prune_ratios, scopes, min_keeps, st.integers(2, 4), st.data())
+@example({"a": torch.ones(7), "b": torch.ones(3)}, 0.6, "global", 1, 3, None)
+def test_masks_of_ranks_are_those_of_one_process(weights, ratio, scope, min_keep, n, data):
+    """However entries are dealt out, and with tensors beside them that every rank has whole."""
+    whole = compute_mask(weights, ratio, scope=scope, min_keep=min_keep)
+    split = {name for name in weights if data is None or data.draw(st.booleans(), label=name)}
+
+    def work(rank, exchange):
+        entries, shards = {}, []
+        for name, tensor in weights.items():
+            flat = tensor.reshape(-1)
+            entries[name] = flat[rank::n] if name in split else flat
+            shard = FakeShard(rank, n, len(flat), exchange) if name in split else None
+            shards.append(shard)
+        return compute_mask(entries, ratio, scope=scope, min_keep=min_keep, shards=shards)
+
+    masks = on_ranks(n, work)
+
+    assert {mask.n_tied for mask in masks} == {whole.n_tied}
+    for rank, mask in enumerate(masks):
+        expected = [
+            part[rank::n] if name in split else part
+            for (name, tensor), part in zip(
+                weights.items(),
+                whole.kept.split([tensor.numel() for tensor in weights.values()]),
+                strict=True,
+            )
+        ]
+        assert torch.equal(mask.kept, torch.cat(expected))
+
+
+def test_counts_of_tensors_and_ranks_are_added_up():
+    """Each group of tensors is added up over its own ranks."""
+    counts = torch.tensor([[1, 2, 4], [8, 16, 32]])
+
+    def work(rank, exchange):
+        shards = [None, *[FakeShard(rank, 2, 9, exchange)] * 2]
+        return sum_over_ranks(counts, shards).tolist()
+
+    assert on_ranks(2, work) == [[1 + 2 * 6, 8 + 2 * 48]] * 2
 
 
 @st.composite
@@ -523,7 +489,7 @@ def test_units_are_blocks_of_entries(case, seed):
 
     scores = unit_magnitudes([(entries, units)])
     mask = torch.rand(n_units, generator=generator) < 0.5
-    spread = spread_mask(mask, units, shape)
+    spread = expand_mask(mask, units, shape)
 
     for unit, indices in enumerate(members):
         mean = sum(abs(float(entries[index])) for index in indices) / len(indices)
@@ -550,4 +516,4 @@ def test_a_mask_of_entries_spreads_to_itself():
     """Without units every entry has its own place."""
     mask = torch.tensor([True, False, True, True])
 
-    assert spread_mask(mask, (), (2, 2)).equal(mask.view(2, 2))
+    assert expand_mask(mask, (), (2, 2)).equal(mask.view(2, 2))

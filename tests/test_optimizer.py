@@ -35,8 +35,6 @@ from torch_worm_optim import (
     Representative,
     WormOptimizer,
 )
-from torch_worm_optim import optimizer as optimizer_module
-from torch_worm_optim.truncation import truncate_removed_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
 
@@ -608,124 +606,6 @@ def test_several_devices_or_dtypes_share_one_mask():
 
     n = sum(mask.numel() for mask in opt.candidate_mask.values())
     assert sum(int((~mask).sum()) for mask in opt.candidate_mask.values()) == round(0.5 * n)
-
-
-@pytest.mark.parametrize("base", ["SGD momentum", "Adam"])
-def test_multipliers_that_are_not_held_give_the_same_training(monkeypatch, base):
-    """Of many entries the window's bytes are read in each step; that changes no bit."""
-    held_model, held = wrapped(base, trigger="always")
-    train(held_model, held, range(30))
-    monkeypatch.setattr(optimizer_module, "_FEW", 0)
-    model, opt = wrapped(base, trigger="always")
-    train(model, opt, range(30))
-
-    assert same(weights_of(held_model), weights_of(model))
-    assert held.history == opt.history
-    assert Phase.TRUNCATING in {sample.phase for sample in opt.history}
-
-
-SELECTORS = {"scales": None, "units": lambda _: [Representative("3.weight", units=(12,))]}
-"""What a mask is applied to where it lies in the window, and where it has to be spread."""
-
-
-@pytest.mark.parametrize("few", [0, 1 << 20])
-@pytest.mark.parametrize("truncate", ["gradient", "update"])
-@pytest.mark.parametrize("which", ["scales", "units"])
-def test_a_recorded_step_follows_the_masks_that_are_drawn_between_replays(
-    monkeypatch, truncate, which, few
-):
-    """What a CUDA graph records depends on no phase: before, under and after truncation it holds.
-
-    A recording runs its operators once here, with no device to replay them; that none of them
-    depends on the phase in which it was recorded is what lets a graph be replayed.
-    """
-    monkeypatch.setattr(optimizer_module, "_FEW", few)
-    options = {"truncate": truncate, "sample_every": None, "truncation": 0.1}
-    options |= {"selector": SELECTORS[which], "stopping_point": 0.0, "margin": 0.99}
-    twin_model, twin = wrapped(**options)
-    model, opt = wrapped(**options)
-    with pytest.raises(RuntimeError, match="Take a few steps without it first"):
-        opt._recorded_step(None)
-    opt._strength_on(torch.device("cpu"))
-    operators = []
-    for step in range(60):
-        train(twin_model, twin, range(step, step + 1))
-        opt.zero_grad()
-        loss_of(model, step).backward()
-        with _Recorder() as recorder:
-            opt._recorded_step(None)
-        operators.append(recorder.operators)
-        if step % 3 == 2:
-            twin.sample(), opt.sample()
-        if opt.converged:
-            break
-
-    assert Phase.TRUNCATING in {sample.phase for sample in opt.history}
-    assert operators[1:] == [operators[1]] * len(operators[1:])
-    assert same(weights_of(twin_model), weights_of(model))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("truncate", ["gradient", "update"])
-def test_a_captured_step_follows_the_masks_that_are_drawn_between_replays(truncate):
-    """A whole training step in a CUDA graph trains as steps outside of one do."""
-    options = {"truncate": truncate, "sample_every": None, "truncation": 0.1}
-    results = []
-    for captured in (False, True):
-        model, opt = wrapped("SGD", model=small_cnn().cuda(), **options)
-        images = torch.randn(16, 1, 6, 6, device="cuda")
-        labels = torch.arange(16, device="cuda") % 3
-
-        def step(model=model, opt=opt, images=images, labels=labels):
-            opt.zero_grad(set_to_none=False)
-            nn.functional.cross_entropy(model(images), labels).backward()
-            opt.step()
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            # Recording takes no step.
-        for index in range(60):
-            graph.replay() if captured else step()
-            if index % 3 == 2 and not opt.converged:
-                opt.sample()
-        results.append((weights_of(model), opt.history))
-
-    assert Phase.TRUNCATING in {sample.phase for sample in results[0][1]}
-    for one, other in zip(results[0][0], results[1][0], strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_kernels_are_loaded_before_a_graph_is_recorded(monkeypatch):
-    """On a device they are launched in the first step with gradients, and change none of them."""
-    model, opt = wrapped()
-    monkeypatch.setattr("torch_worm_optim.optimizer.kernels_run", lambda device: True)
-    launched = []
-
-    def truncate(gradients, rows, strength):
-        launched.append(float(strength))
-        truncate_removed_(gradients, rows, strength)
-
-    monkeypatch.setattr("torch_worm_optim.optimizer.truncate_removed_", truncate)
-    opt._load_kernels()
-    assert launched == []  # there are no gradients yet
-    trained = [p for name, p in model.named_parameters() if name != "4.weight"]
-    for parameter in trained:  # one of those selected has no gradient, as an unused layer has none
-        parameter.grad = torch.randn_like(parameter)
-    before = [parameter.grad.clone() for parameter in trained]
-    for _ in range(2):
-        opt._load_kernels()
-
-    assert launched == [1.0]
-    for gradient, parameter in zip(before, trained, strict=True):
-        assert torch.equal(gradient, parameter.grad)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reference import reference_search
 from strategies import mask_sequences, shares
 
-from torch_worm_optim.masks import new_window
-from torch_worm_optim.search import MaskSample, Phase, StoppingRule, observe_
+from torch_worm_optim.search import MaskSample, Phase, StoppingRule, decide
+from torch_worm_optim.window import Window
 
 windows = st.integers(2, 9)
 triggers = st.sampled_from(["distance", "always"])
@@ -18,12 +18,16 @@ triggers = st.sampled_from(["distance", "always"])
 
 def run(sequence: list[list[bool]], rule: StoppingRule) -> list[MaskSample]:
     """What the search makes of masks that are given, up to the ticket."""
-    bits = new_window(len(sequence[0]), rule.window)
+    n = len(sequence[0])
+    window = Window([n], rule.window)
     history: list[MaskSample] = []
     for step, mask in enumerate(sequence, start=1):
         if history and history[-1].phase.converged:
             break
-        history.append(observe_(bits, torch.tensor(mask), step=step, history=history, rule=rule))
+        window.push(torch.tensor(mask))
+        full = len(history) + 1 >= rule.window
+        distances = tuple(count / n for [count] in window.differences()) if full else ()
+        history.append(decide(distances, step=step, history=history, rule=rule))
     return history
 
 

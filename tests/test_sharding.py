@@ -130,10 +130,10 @@ def test_a_sample_sends_the_same_however_large_the_model():
         run_on_ranks(n, jobs.traffic, width)[0] for n, width in ((2, 128), (2, 512), (3, 512))
     )
 
-    # A table of the sample, and up to four of what lies inside the bracket, 8 KiB each.
     for sent in (few, many, threes):
-        assert len(sent) < 12
-        assert 2**17 < sum(sent) < 2**17 + 4 * 2**13 + 200
+        assert len(sent) <= 40
+        assert sum(sent) < 300 * 2**10
+    assert sum(few) == sum(many) == sum(threes)
 
 
 @pytest.mark.parametrize("layout", ["fsdp"])

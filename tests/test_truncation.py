@@ -1,152 +1,96 @@
-"""Scaling of gradients and updates, in place, against plain arithmetic."""
+"""Scaling of gradients and updates, and holding at zero, against plain arithmetic."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grad_lists, shares
 
-from torch_worm_optim import truncation as truncation_module
-from torch_worm_optim.pruning import apply_ticket_, zero_removed_
+from torch_worm_optim.pruning import apply_ticket_
 from torch_worm_optim.truncation import (
-    fill_multiplier_,
+    Entries,
+    HeldAtZero,
+    ScaledGradients,
+    ScaledUpdates,
     is_normalising,
-    truncate_gradients_,
-    truncate_removed_,
-    truncate_updates_,
+    scale_gradients_,
+    scale_updates_,
 )
 
 
-def multipliers_of(pairs, truncation):
-    """What each gradient is to be multiplied by."""
-    multipliers = []
-    for gradient, mask in pairs:
-        dtype = torch.float32 if gradient is None else gradient.dtype
-        multipliers.append(torch.empty(mask.shape, dtype=dtype))
-        fill_multiplier_(multipliers[-1], mask, truncation)
-    return multipliers
+def entries_of(pairs):
+    """What a strategy is given for gradients of weights that are zero."""
+    return [
+        Entries(
+            torch.zeros(mask.shape, dtype=torch.float32 if gradient is None else gradient.dtype),
+            lambda gradient=gradient: gradient,
+            lambda mask=mask: mask,
+        )
+        for gradient, mask in pairs
+    ]
 
 
-@given(grad_lists(), shares, st.booleans())
-def test_truncation_scales_removed_entries_by_r(pairs, truncation, foreach):
+@pytest.mark.parametrize("with_closure", [False, True])
+@given(pairs=grad_lists(), truncation=shares)
+def test_gradients_of_removed_entries_are_scaled_by_r(with_closure, pairs, truncation):
     """Kept gradients keep their bits, removed ones are r times what they were, None stays None."""
     before = [None if gradient is None else gradient.clone() for gradient, _ in pairs]
+    storages = [None if gradient is None else gradient.data_ptr() for gradient, _ in pairs]
+    calls = []
 
-    truncate_gradients_([g for g, _ in pairs], multipliers_of(pairs, truncation), foreach=foreach)
+    def base_step(closure):
+        return closure() if with_closure else calls.append("step")
 
-    for old, (gradient, mask) in zip(before, pairs, strict=True):
+    closure = (lambda: calls.append(torch.is_grad_enabled()) or "loss") if with_closure else None
+    strategy = ScaledGradients(truncation)
+    with torch.no_grad():
+        loss = strategy.step(base_step, closure, entries_of(pairs))
+
+    assert loss == ("loss" if with_closure else None)
+    assert calls == [True if with_closure else "step"]
+    for old, storage, (gradient, mask) in zip(before, storages, pairs, strict=True):
         if gradient is not None:
+            assert gradient.data_ptr() == storage
             assert torch.equal(gradient[mask], old[mask])
             r = torch.tensor(truncation, dtype=gradient.dtype)
             assert torch.equal(gradient[~mask], old[~mask] * r)
 
 
-@given(grad_lists(), shares)
-def test_foreach_equals_the_loop(pairs, truncation):
-    """The grouped call and the loop give the same bits in the same memory."""
-    twins = [None if gradient is None else gradient.clone() for gradient, _ in pairs]
-    storages = [None if gradient is None else gradient.data_ptr() for gradient, _ in pairs]
-    multipliers = multipliers_of(pairs, truncation)
+@pytest.mark.parametrize("strategy", [ScaledGradients(0.5), ScaledUpdates(0.5), HeldAtZero()])
+def test_another_mask_applies_after_clear(strategy):
+    """What is held between steps is the mask's that was newest, until it is cleared."""
+    weight = torch.tensor([1.0, 1.0])
+    gradient = torch.tensor([1.0, 1.0])
+    mask = torch.tensor([True, False])
+    entries = [Entries(weight, lambda: gradient, lambda: mask)]
+    strategy.step(lambda closure: weight.add_(1), None, entries)
+    changed = weight.tolist(), gradient.tolist()
+    assert changed != ([2.0, 2.0], [1.0, 1.0])
+    mask = torch.tensor([False, True])
 
-    truncate_gradients_([gradient for gradient, _ in pairs], multipliers)
-    truncate_gradients_(twins, multipliers, foreach=False)
+    strategy.clear()
+    weight.fill_(1), gradient.fill_(1)
+    strategy.step(lambda closure: weight.add_(1), None, entries)
 
-    for twin, storage, (gradient, _) in zip(twins, storages, pairs, strict=True):
-        if gradient is not None:
-            assert torch.equal(gradient, twin)
-            assert gradient.data_ptr() == storage
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(grad_lists(), shares, st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_bytes_of_the_window_truncate_as_multipliers_do(
-    monkeypatch, pairs, truncation, block, strided, as_tensor, seed
-):
-    """In blocks of any size, whatever the other bits of the bytes are, the bits are the same."""
-    monkeypatch.setattr(truncation_module, "_BLOCK", block)
-    generator = torch.Generator().manual_seed(seed)
-    twins, gradients, rows = [], [], []
-    for gradient, mask in pairs:
-        twins.append(None if gradient is None else gradient.clone())
-        if gradient is not None and strided:
-            gradient = torch.stack([gradient, gradient], -1)[..., 0]
-        gradients.append(gradient)
-        noise = torch.randint(128, (mask.numel(),), dtype=torch.uint8, generator=generator)
-        rows.append((noise << 1) | mask.flatten())
-
-    share = torch.tensor(truncation) if as_tensor else truncation
-    truncate_removed_(gradients, rows, share)
-    truncate_gradients_(twins, multipliers_of(pairs, float(share)))
-
-    for twin, gradient in zip(twins, gradients, strict=True):
-        assert (twin is None and gradient is None) or torch.equal(twin, gradient)
-
-
-def test_the_kernel_truncates_as_multipliers_do(tmp_path):
-    """Run by Triton's interpreter, the kernel for CUDA gives the bits of the plain twin."""
-    if pytest.importorskip("triton").__version__.startswith("3.0."):
-        pytest.skip("the interpreter of Triton 3.0 stores nothing into tensors on the host")
-    script = tmp_path / "kernel.py"
-    script.write_text(
-        """
-import torch, triton
-from torch_worm_optim.truncation import fill_multiplier_, truncate_gradients_
-from torch_worm_optim.truncation_kernel import _scale_removed
-
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for n in (1, 1024, 5000):
-        torch.manual_seed(n)
-        gradient = torch.randn(n).to(dtype)
-        before, newest = gradient.clone(), torch.randint(256, (n,), dtype=torch.uint8)
-        twin, multiplier = gradient.clone(), torch.empty_like(gradient)
-        fill_multiplier_(multiplier, (newest & 1).bool(), 0.003)
-        truncate_gradients_([twin], [multiplier])
-        grid = (triton.cdiv(n, 1024),)
-        _scale_removed[grid](gradient, newest, torch.tensor(0.003), n, block=1024)
-        # The interpreter, unlike a device, does not round to the nearest bfloat16.
-        nearly = torch.bfloat16 if dtype == torch.bfloat16 else None
-        ulps = (gradient.view(torch.int16).int() - twin.view(torch.int16).int()).abs().max()
-        assert torch.equal(gradient, twin) or (nearly and ulps <= 2), (dtype, n)
-        kept = (newest & 1).bool()
-        assert torch.equal(gradient[kept], before[kept])
-print("equal")
-"""
-    )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    assert (weight.tolist()[::-1], gradient.tolist()[::-1]) == changed
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), shares)
-def test_sparse_gradients_are_truncated_as_dense_ones(rows, truncation):
+def test_sparse_gradients_are_scaled_as_dense_ones(rows, truncation):
     """An embedding's sparse gradient, repeated rows included, equals its dense twin."""
     mask = torch.rand(5, 3) > 0.5
-    multiplier = torch.empty(5, 3)
-    fill_multiplier_(multiplier, mask, truncation)
+    multiplier = torch.full((5, 3), truncation).masked_fill_(mask, 1)
     sparse = torch.sparse_coo_tensor(
         torch.tensor([rows]), torch.rand(len(rows), 3), (5, 3), check_invariants=True
     )
     dense = sparse.to_dense()
 
-    again = sparse.clone()
-
-    truncate_gradients_([sparse], [multiplier])
-    truncate_gradients_([dense], [multiplier])
-    truncate_removed_([again], [mask.flatten().byte()], truncation)
+    scale_gradients_([sparse], [multiplier])
+    scale_gradients_([dense], [multiplier])
 
     torch.testing.assert_close(sparse.to_dense(), dense)
-    assert torch.equal(again.to_dense(), sparse.to_dense())
 
 
 @given(grad_lists(), shares)
@@ -156,7 +100,7 @@ def test_updates_of_removed_entries_are_scaled_by_r(pairs, truncation):
     old = [torch.linspace(-1, 1, new.numel()).view(new.shape).to(new.dtype) for new, _ in pairs]
     after = [new.clone() for new, _ in pairs]
 
-    truncate_updates_(after, [o.clone() for o in old], [mask for _, mask in pairs], truncation)
+    scale_updates_(after, [o.clone() for o in old], [mask for _, mask in pairs], truncation)
 
     for start, end, (new, mask) in zip(old, after, pairs, strict=True):
         assert torch.equal(end[mask], new[mask])
@@ -169,23 +113,6 @@ def test_updates_of_removed_entries_are_scaled_by_r(pairs, truncation):
         assert (end.double() - expected)[~mask].abs().le(tolerance * 5).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_the_kernel_gives_the_bits_of_multipliers_on_a_device(dtype):
-    """Where a kernel runs, it is exact in half precision, too."""
-    for n in (1, 1000, 1 << 20):
-        gradient = torch.randn(n, device="cuda").to(dtype)
-        newest = torch.randint(256, (n,), dtype=torch.uint8, device="cuda")
-        twin, multiplier = gradient.clone(), torch.empty_like(gradient)
-        strength = torch.tensor(0.003, device="cuda")
-        fill_multiplier_(multiplier, (newest & 1).bool(), float(strength))
-
-        truncate_removed_([gradient], [newest], strength)
-        truncate_gradients_([twin], [multiplier])
-
-        assert torch.equal(gradient, twin)
-
-
 @given(grad_lists())
 def test_removed_entries_become_zero(pairs):
     """Removed entries are exactly zero, even infinite ones; kept ones keep their bits."""
@@ -194,7 +121,9 @@ def test_removed_entries_become_zero(pairs):
     for value, mask in pairs:
         value[~mask] = torch.inf
 
-    zero_removed_([value for value, _ in pairs], [~mask for _, mask in pairs])
+    HeldAtZero().apply_(
+        [Entries(value, lambda: None, lambda mask=mask: mask) for value, mask in pairs]
+    )
 
     for old, (value, mask) in zip(before, pairs, strict=True):
         assert torch.equal(value, torch.where(mask, old, torch.zeros_like(old)))
@@ -242,7 +171,14 @@ def test_a_ticket_fits_a_model_that_is_wrapped_otherwise():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [(name, True) for name in ("NAdamW", "LaProp", "SignSGD", "Lion", "Adan", "RMSpropTF", "Yogi")]
+    [
+        (name, True)
+        for name in (
+            *("NAdamW", "LaProp", "SignSGD", "Lion", "Adan", "RMSpropTF", "Yogi", "Adopt", "Rprop"),
+            *("Lamb", "FusedLAMB", "Prodigy", "SophiaG", "Shampoo", "SOAP", "Muon", "Kron", "CAME"),
+            *("NovoGrad", "NvNovoGrad", "MADGRAD", "Mars", "AdEMAMix", "Ranger21", "Tiger"),
+        )
+    ]
     + [(name, False) for name in ("LambdaSGD", "DesignedSGD", "CanadaSGD", "SGDP", "Lookahead")],
 )
 def test_names_of_normalising_optimizers_are_told_from_others(name, expected):

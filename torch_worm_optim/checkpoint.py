@@ -11,48 +11,55 @@ key that is not there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from torch_worm_optim.layout import Layout
 from torch_worm_optim.search import MaskSample, Phase
+from torch_worm_optim.selectors import canonical_name
+from torch_worm_optim.window import Window
 
 RECORD_KEY = "worm"
 _VERSION = 2
 
 
 @dataclass
-class SearchRecord:
+class SearchState:
     """All of a search that decides its future.
 
     Attributes:
         step: Optimizer steps taken.
         pruned: Whether the ticket is applied and held.
         history: All samples, oldest first.
-        window: The masks held, as :func:`~torch_worm_optim.masks.new_window` lays them out.
+        window: The masks that the next one is compared with.
     """
 
     step: int
     pruned: bool
     history: list[MaskSample]
-    window: Tensor
+    window: Window
+
+    @property
+    def phase(self) -> Phase:
+        """How far the search is."""
+        if self.pruned:
+            return Phase.PRUNED
+        return self.history[-1].phase if self.history else Phase.SEARCHING
 
 
 def with_record(
-    state_dict: dict[str, Any],
-    search: SearchRecord,
-    identity: dict[str, Any],
-    window: dict[str, list[Tensor]],
+    state_dict: dict[str, Any], search: SearchState, identity: dict[str, Any], layout: Layout
 ) -> dict[str, Any]:
     """The base optimizer's ``state_dict`` with the search put into its first parameter group.
 
     Args:
         state_dict: What the base optimizer's ``state_dict()`` returned; not modified.
-        search: The search to save, but for its window.
+        search: The search to save.
         identity: What the masks depend on, to be compared when the record is read.
-        window: The masks held, in a form that does not depend on how many ranks there are.
+        layout: Where the entries are that the masks are of.
 
     Returns:
         A new dict of the same form.
@@ -74,10 +81,53 @@ def with_record(
                 for sample in search.history
             ]
         ),
-        "window": window,
+        "window": _saved_window(search.window, layout),
         "identity": json.dumps(identity),
     }
     return {**state_dict, "param_groups": groups}
+
+
+def _saved_window(window: Window, layout: Layout) -> dict[str, list[Tensor]]:
+    """The masks of each representative, shaped and sharded as its parameter is.
+
+    So whatever saves and reshards parameters can save and reshard them.
+    """
+    rows = [window.to_bytes(index) for index in range(len(layout.representatives))]
+    return dict(zip(_window_keys(layout), layout.parameter_bytes(rows), strict=True))
+
+
+def _load_window(saved: Any, layout: Layout, n_masks: int) -> Window:
+    """The window that :func:`_saved_window` was given, on whatever ranks that was."""
+    window = Window(layout.local_numels(), n_masks)
+    n_rows = -(-n_masks // 8)
+    for index, (key, numel, representative) in enumerate(
+        zip(_window_keys(layout), layout.numels(), layout.representatives, strict=True)
+    ):
+        parameter = layout.parameter(representative.name)
+        shape = (numel,) if representative.units else tuple(parameter.shape)
+        rows = saved.get(key) if isinstance(saved, dict) else None
+        if (
+            not isinstance(rows, (list, tuple))
+            or len(rows) != n_rows
+            or any(not isinstance(row, Tensor) or tuple(row.shape) != shape for row in rows)
+        ):
+            raise ValueError(
+                f"The checkpoint's window of masks has no {n_rows} tensors of shape {shape} for "
+                f"{key!r}: it is truncated or for another model. Load an earlier one."
+            )
+        window.from_bytes(index, [layout.entries_of(index, row) for row in rows])
+    return window
+
+
+def _window_keys(layout: Layout) -> list[str]:
+    """What to call the masks of each representative. Parts of one parameter share a name."""
+    names = [canonical_name(representative.name) for representative in layout.representatives]
+    return [
+        f"{name} (units {index})" if representative.units else name
+        for index, (name, representative) in enumerate(
+            zip(names, layout.representatives, strict=True)
+        )
+    ]
 
 
 def without_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -107,20 +157,14 @@ def without_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {**state_dict, "param_groups": plain}, record
 
 
-def read_record(
-    record: Any,
-    *,
-    identity: dict[str, Any],
-    n_held: int,
-    unpack: Callable[[Any], Tensor],
-) -> SearchRecord:
+def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: int) -> SearchState:
     """The search in a record, checked whole, so that a bad one changes nothing.
 
     Args:
         record: What :func:`without_record` found.
-        identity: What the masks depend on here; the record's must be equal.
-        n_held: How many masks the window holds when full.
-        unpack: Makes the window of what was saved as such, or raises ``ValueError``.
+        identity: What the masks of this search depend on; the record's must be equal.
+        layout: Where the entries are that the masks are of.
+        n_masks: How many masks the window holds when full.
 
     Returns:
         The search as it was saved.
@@ -154,23 +198,24 @@ def read_record(
             f"The checkpoint's record of the search cannot be read ({error}): load an earlier "
             "checkpoint."
         ) from error
-    for key, here in json.loads(json.dumps(identity)).items():
+    for key, expected in json.loads(json.dumps(identity)).items():
         saved = saved_identity.get(key)
-        if saved != here:
+        if saved != expected:
             raise ValueError(
-                f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, here "
-                f"it is {_brief(here)}. Build the model and WormOptimizer as they were when it "
-                "was saved."
+                f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, that "
+                f"of this search is {_brief(expected)}. Build the model and WormOptimizer as they "
+                "were when it was saved."
             )
     if record["pruned"] and not (history and history[-1].phase.converged):
         raise ValueError(
             "The checkpoint says that its ticket is applied, and has none: load an earlier one."
         )
-    if any(len(sample.distances) not in (0, n_held - 1) for sample in history):
+    if any(len(sample.distances) not in (0, n_masks - 1) for sample in history):
         raise ValueError(
             "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
         )
-    return SearchRecord(step, bool(record["pruned"]), history, unpack(record["window"]))
+    window = _load_window(record["window"], layout, n_masks)
+    return SearchState(step, bool(record["pruned"]), history, window)
 
 
 def _brief(value: object) -> str:

@@ -1,142 +1,73 @@
-"""Scores to masks, masks to distances: pure functions on tensors.
+"""From weights to a mask: the entries of lowest magnitude go, exactly as many as asked for.
 
-All entries that are ranked make one flat mask, representative after representative, so that one
-selection and one comparison serve the whole network. In every mask **True = kept**.
+Magnitudes are compared as integers, called keys: the bits of a float without its sign are ordered
+as magnitudes are, with infinity and NaN above all numbers. So nothing is rounded, and a processor
+that flushes tiny numbers to zero does not change the order.
+
+There are two ways to the same mask. On the host a sample brackets the threshold, and one pass keeps
+what is above the bracket and collects the few entries inside it. On an accelerator, over several
+ranks, and where a large share of all entries is equal, the threshold is found digit by digit, from
+counts alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torch_worm_optim.counting import count_all_differing, count_bits
-from torch_worm_optim.threshold import AddUp, NotFiniteError, Scores, add_up_one, remove_lowest
-
-# A byte holds one bit for each of the last eight masks.
-_BITS = 8
-# Entries that are compared at once, so that no copy of the window is made.
-_PART = 120 << 12
-# So few are compared, if their window is one row, and counted, all at once.
-_FEW = 1 << 15
-# Entries of a layer that are looked at first to see whether any are kept.
-GLANCE = 1 << 12
-
-
-def unit_magnitudes(parts: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
-    r"""Score of every unit: the mean magnitude of its entries, its L1 norm per entry.
-
-    .. math:: s_u = \frac{1}{|u|} \sum_{i \in u} |w_i|
-
-    The L1 norm of a filter ranks the filters of a layer in Li et al. [1]; divided by the number of
-    entries it compares units of different sizes too.
-
-    Args:
-        parts: Entries that make up the same units, of any shapes, floating or complex dtypes and
-            devices, each with the number of units along its dimensions, see :func:`spread_mask`.
-
-    Returns:
-        Tensor of shape ``(n_units,)`` on the first part's device, in float32 or wider: sums of
-        half-precision magnitudes are not exact in their own type.
-
-    Example:
-        >>> query, key = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[3.0], [-7.0]])
-        >>> unit_magnitudes([(query, (2,)), (key, (2,))])
-        tensor([2.0000, 4.6667])
-
-    References:
-        [1] Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017,
-        https://arxiv.org/abs/1608.08710.
-    """
-    sums = []
-    for entries, units in parts:
-        blocks = entries.detach()
-        blocks = (blocks.float() if blocks.dtype.itemsize == 1 else blocks).view(
-            _block_shape(entries.shape, units)
-        )
-        magnitudes = blocks.abs()
-        wide = torch.promote_types(magnitudes.dtype, torch.float32)
-        within = tuple(range(1, blocks.ndim, 2))
-        sums.append(magnitudes.sum(within, dtype=wide).flatten().to(parts[0][0].device))
-    n_entries = sum(entries.numel() for entries, _ in parts)
-    return torch.stack(sums).sum(0).div_(n_entries // sums[0].numel())
-
-
-def spread_mask(mask: Tensor, units: tuple[int, ...], shape: Sequence[int]) -> Tensor:
-    """The mask of entries that a mask of units means.
-
-    Args:
-        mask: Bool mask of shape ``(n_units,)``, **True = kept**.
-        units: How many units there are along each dimension of ``shape``, each a divisor of it;
-            dimensions left out have one. ``()`` where every entry is a unit of its own.
-        shape: Shape of the entries.
-
-    Returns:
-        Bool mask of that shape; a view of ``mask`` where that is possible.
-
-    Example:
-        >>> spread_mask(torch.tensor([True, False]), (1, 2), (2, 4))
-        tensor([[ True,  True, False, False],
-                [ True,  True, False, False]])
-    """
-    if not units:
-        return mask.view(tuple(shape))
-    blocks = _block_shape(shape, units)
-    one_each = [size if i % 2 == 0 else 1 for i, size in enumerate(blocks)]
-    return mask.view(one_each).expand(blocks).reshape(tuple(shape))
-
-
-def _block_shape(shape: Sequence[int], units: tuple[int, ...]) -> list[int]:
-    """Each dimension as (units, entries in a unit)."""
-    filled = [*units, *[1] * (len(shape) - len(units))]
-    pairs = [(n, size // n) for n, size in zip(filled, shape, strict=True)]
-    return [size for pair in pairs for size in pair]
+# Keys of this many entries stay in the processor's cache while they are compared.
+_HOST_CHUNK = 1 << 16
+# On an accelerator each operator has a price of its own, so chunks only bound the memory.
+_DEVICE_CHUNK = 1 << 24
+# Entries looked at to bracket the threshold. Four standard deviations of what such a sample says
+# are then 0.8 % of all entries.
+_SAMPLE = 1 << 18
+_STANDARD_DEVIATIONS = 4
+# The bracket may hold this share of the entries; so many equal ones are found by counting instead,
+# since their positions would take eight bytes each.
+_LARGEST_BRACKET = 1 / 64
 
 
 class Mask(NamedTuple):
-    """A mask and how far chance had a hand in it.
+    """A mask, and whether magnitudes alone decided it.
 
     Attributes:
         kept: Bool tensor of shape ``(n,)``; **True = kept**.
-        n_tied: How many entries have the highest score that was removed, if some of them were kept
-            all the same, so that their order decided and not their score; else 0. In ``"layer"``
-            scope the sum over layers.
+        n_tied: How many entries have the highest magnitude that was removed, if some entries of
+            that magnitude were kept, so that their order decided which; else 0. In ``"layer"``
+            scope the sum over representatives.
     """
 
     kept: Tensor
     n_tied: int
 
 
-class Drawn(NamedTuple):
-    """What is to be known of a mask that was put into the window as it was drawn.
+class Shard(Protocol):
+    """What :func:`compute_mask` asks about a tensor of which other ranks hold a part."""
 
-    Attributes:
-        n_tied: As in :class:`Mask`.
-        differences: On how many entries it differs from each older mask, oldest first.
-    """
+    @property
+    def numel(self) -> int:
+        """How many entries all ranks hold together."""
+        ...
 
-    n_tied: int
-    differences: list[int]
+    @property
+    def group(self) -> Hashable:
+        """Equal for tensors that are split over the same ranks."""
+        ...
 
+    def global_indices(self, local_indices: Tensor) -> Tensor:
+        """Flat indices into the entries of all ranks, given those into this rank's, in order."""
+        ...
 
-class Held(NamedTuple):
-    """What one rank holds of a representative whose entries are spread over several.
-
-    Attributes:
-        n_entries: How many entries all ranks hold together.
-        positions: Turns positions among the entries here into positions among all, in order.
-        add_up: Adds counts, an int64 tensor, over the ranks that hold the others.
-        domain: The same for all representatives that are spread over the same ranks.
-    """
-
-    n_entries: int
-    positions: Callable[[Tensor], Tensor]
-    add_up: Callable[[Tensor], Tensor]
-    domain: Hashable
+    def all_reduce(self, counts: Tensor) -> Tensor:
+        """The sum of an int64 tensor over the ranks of the group; a collective call."""
+        ...
 
 
 @torch.no_grad()
@@ -146,7 +77,7 @@ def compute_mask(
     *,
     scope: str = "global",
     min_keep: int = 1,
-    held: Mapping[str, Held] | None = None,
+    shards: Sequence[Shard | None] | None = None,
 ) -> Mask:
     r"""Mask that removes exactly the ``round(prune_ratio * n)`` entries of lowest magnitude.
 
@@ -154,19 +85,19 @@ def compute_mask(
 
     where entries are ranked by magnitude, the ranking of magnitude pruning and, for BatchNorm
     scales, of network slimming [2]; and, among equals, by position: the earlier goes first. The
-    mask is therefore a function of the weights alone, on every device. The first ``min_keep`` of
-    each representative, counted from the top, are set aside before anything is removed.
+    mask is therefore a function of the weights alone, on every device. The ``min_keep`` highest of
+    each representative are set aside before anything is removed.
 
     Args:
-        entries: The entries to rank, or scores of units, by the name of their parameter; tensors of
-            any shapes, floating or complex dtypes and devices, ``n`` entries in all.
+        entries: The entries to rank, or scores of units, by the name that a message calls them;
+            tensors of any shapes, floating or complex dtypes and devices, ``n`` entries in all.
         prune_ratio: Share of entries to remove, in [0, 1).
         scope: ``"global"`` ranks all entries together, as EB Train does [1]; ``"layer"`` ranks each
             representative alone and removes ``round(prune_ratio * size)`` of each.
         min_keep: Entries of each representative that always survive, 0 or more. Where that leaves
             fewer than are to be removed, all that are left are removed.
-        held: For entries of which other ranks hold a part, what this one holds; the mask is that of
-            all entries, and this is a collective call.
+        shards: For each tensor how it is split over ranks, or None if this rank has all of it
+            (default: None for all). With shards this is a collective call.
 
     Returns:
         The :class:`Mask` of the entries given, **True = kept**, on the first tensor's device.
@@ -192,334 +123,395 @@ def compute_mask(
         raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
-    layers = [_layer(tensor, held.get(name) if held else None) for name, tensor in entries.items()]
-    if sum(layer.n for layer in layers) == 0:
+    layers = [
+        _Layer(name, tensor.detach(), shard)
+        for (name, tensor), shard in zip(
+            entries.items(), shards or [None] * len(entries), strict=True
+        )
+    ]
+    n = sum(layer.numel for layer in layers)
+    if n == 0:
         raise ValueError("There are no entries to rank: every representative is empty.")
-    try:
-        if scope == "global":
-            return _global_mask(layers, prune_ratio, min_keep)
-        drawn = [
-            _remove_lowest(
-                [layer], min(round(prune_ratio * layer.n), layer.n - min(min_keep, layer.n))
-            )
-            for layer in layers
+    quotas = [min(min_keep, layer.numel) for layer in layers]
+    if scope == "layer":
+        counts = [
+            min(round(prune_ratio * layer.numel), layer.numel - quota)
+            for layer, quota in zip(layers, quotas, strict=True)
         ]
-    except NotFiniteError as error:
-        bad = [name for name, tensor in entries.items() if not _is_finite(tensor)]
-        what = f"{bad[0]!r}: it has" if bad else "the entries that another rank holds: they have"
-        raise ValueError(
-            f"Cannot rank {what} NaN or infinite entries, so a mask drawn from it would "
-            "mean nothing. Training has diverged: lower the learning rate, clip gradients, or go "
-            "back to an earlier checkpoint."
-        ) from error
-    kept = torch.cat([each.kept.to(layers[0].entries.device) for each in drawn])
-    return Mask(kept, sum(each.n_tied for each in drawn))
+        masks = [_remove_lowest([each], n) for each, n in zip(layers, counts, strict=True)]
+        kept = [mask.kept.to(layers[0].entries.device) for mask in masks]
+        return Mask(torch.cat(kept), sum(mask.n_tied for mask in masks))
+    count = round(prune_ratio * n)
+    mask = _remove_lowest(layers, count)
+    # The lowest of all are the lowest of each representative. So as long as each keeps enough, the
+    # entries to set aside are among those kept, and setting them aside would change nothing.
+    if all(n >= quota for n, quota in zip(_n_kept(layers, mask.kept), quotas, strict=True)):
+        return mask
+    del mask  # a byte an entry, which the next one needs
+    highest = [
+        _remove_lowest([layer], layer.numel - quota).kept.nonzero().view(-1)
+        for layer, quota in zip(layers, quotas, strict=True)
+    ]
+    return _remove_lowest(layers, min(count, n - sum(quotas)), highest)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    magnitudes = tensor.detach().abs() if tensor.dtype.itemsize > 1 else tensor.detach().float()
-    return bool(torch.isfinite(magnitudes).all())
+def sum_over_ranks(counts: Tensor, shards: Sequence[Shard | None]) -> Tensor:
+    """Add up counts of several tensors, over the tensors and over the ranks that share them.
+
+    Args:
+        counts: int64 tensor of shape ``(..., n_tensors)``, of this rank's entries.
+        shards: For each tensor how it is split over ranks, or None if this rank has all of it. With
+            shards this is a collective call.
+
+    Returns:
+        int64 tensor of shape ``(...)``, equal on all ranks.
+
+    Example:
+        >>> sum_over_ranks(torch.tensor([[1, 2], [3, 4]]), [None, None])
+        tensor([3, 7])
+    """
+    totals = torch.zeros_like(counts[..., 0])
+    for indices in _groups(shards):
+        of_group, shard = counts[..., indices].sum(-1), shards[indices[0]]
+        totals += of_group if shard is None else shard.all_reduce(of_group)
+    return totals
 
 
 class _Layer(NamedTuple):
-    """What this process holds of one representative."""
+    """One of the tensors to rank."""
 
+    name: str
     entries: Tensor
-    held: Held | None
-    n: int  # entries, wherever they are
+    shard: Shard | None
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has on all ranks."""
+        return self.entries.numel() if self.shard is None else self.shard.numel
 
 
-def _layer(entries: Tensor, held: Held | None) -> _Layer:
-    return _Layer(entries, held, entries.numel() if held is None else held.n_entries)
+class _Group:
+    """Tensors that are split over the same ranks, as one run of keys.
+
+    Args:
+        layers: The tensors.
+        starts: Where each starts among the entries of all tensors of all ranks.
+        spared: For each tensor the indices of this rank's entries that must be kept, sorted.
+        dtype: The float type whose bits are the keys, as wide as the widest tensor.
+        device: Where to compare.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[_Layer],
+        starts: Sequence[int],
+        spared: Sequence[Tensor] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layers, self.starts = layers, starts
+        self.dtype, self.device = dtype, device
+        self.key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
+        self.spared_key = torch.iinfo(self.key_dtype).max
+        self.infinity = int(torch.tensor(math.inf, dtype=dtype, device="cpu").view(self.key_dtype))
+        self.numels = [layer.entries.numel() for layer in layers]
+        self.n = sum(self.numels)
+        self.spared = None
+        if spared is not None:
+            offsets = accumulate(self.numels, initial=0)
+            shifted = [each.to(device) + n for each, n in zip(spared, offsets, strict=False)]
+            self.spared = torch.cat(shifted)
+
+    def chunks(self, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The keys of every `stride`-th entry by chunks, each with the index where it begins."""
+        start = 0
+        for piece in self._pieces():
+            first = -start % stride
+            keys = self._keys(piece[first::stride])
+            if self.spared is not None:
+                spared = self.spared_within(start, len(piece)) - first
+                keys[spared[spared % stride == 0] // stride] = self.spared_key
+            yield start, keys
+            start += len(piece)
+
+    def spared_within(self, start: int, n: int) -> Tensor:
+        """Which of `n` entries from `start` on are spared, counted from there."""
+        if self.spared is None:
+            return torch.arange(0, device=self.device)
+        ends = torch.tensor([start, start + n], device=self.device)
+        first, last = torch.searchsorted(self.spared, ends).tolist()
+        return self.spared[first:last] - start
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """All entries as flat tensors: small ones joined, large ones cut, views if possible."""
+        size = _HOST_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
+        small: list[Tensor] = []
+        n_small = 0
+        for layer in self.layers:
+            tensor, n = layer.entries, layer.entries.numel()
+            if small and n_small + n > size:
+                yield torch.cat(small)
+                small, n_small = [], 0
+            if n <= size:
+                small.append(self._magnitudes(tensor.reshape(-1)))
+                n_small += n
+            elif tensor.is_contiguous():
+                yield from torch.split(tensor.view(-1), size)
+            else:
+                n_rows = max(1, size * len(tensor) // n)
+                yield from (rows.reshape(-1) for rows in torch.split(tensor, n_rows))
+        if small:
+            yield torch.cat(small)
+
+    def _magnitudes(self, tensor: Tensor) -> Tensor:
+        """In the type whose bits are the keys, still with a sign unless they were complex."""
+        return (tensor.abs() if tensor.is_complex() else tensor).to(self.device, self.dtype)
+
+    def _keys(self, piece: Tensor) -> Tensor:
+        """The bits of each magnitude without the sign, a new tensor."""
+        bits = self._magnitudes(piece).view(self.key_dtype)
+        if self.device.type != "cpu":
+            return bits & self.spared_key
+        # torch would wake a second thread for each chunk.
+        array = bits.numpy()
+        return torch.from_numpy(array & array.dtype.type(self.spared_key))
+
+    def count(self, count_chunk: Callable[[int, Tensor], Tensor], n_counts: int) -> Tensor:
+        """The sum over chunks and over ranks of what `count_chunk` returns for a chunk."""
+        counts = torch.zeros(n_counts, dtype=torch.int64, device=self.device)
+        for start, keys in self.chunks():
+            counts += count_chunk(start, keys)
+        return self.all_reduce(counts)
+
+    def all_reduce(self, counts: Tensor) -> Tensor:
+        """The sum of counts over the ranks that the tensors are split over."""
+        shard = self.layers[0].shard
+        return counts if shard is None else shard.all_reduce(counts)
+
+    def global_indices(self, start: int, n: int) -> Tensor:
+        """Where `n` entries from `start` on lie among the entries of all tensors of all ranks."""
+        parts = []
+        begin = 0
+        for layer, global_start, numel in zip(self.layers, self.starts, self.numels, strict=True):
+            first, last = max(start, begin) - begin, min(start + n, begin + numel) - begin
+            if first < last:
+                indices = torch.arange(first, last, device=self.device)
+                if layer.shard is not None:
+                    indices = layer.shard.global_indices(indices)
+                parts.append(indices.add_(global_start))
+            begin += numel
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.arange(0, device=self.device)
 
 
-def _global_mask(layers: list[_Layer], prune_ratio: float, min_keep: int) -> Mask:
-    n = sum(layer.n for layer in layers)
-    n_remove = round(prune_ratio * n)
-    mask = _remove_lowest(layers, n_remove)
-    # The lowest of all are the lowest of each representative, so as long as enough of each are
-    # left, the entries to be set aside are among them and the mask is what it would be with them
-    # set aside.
-    quotas = [min(min_keep, layer.n) for layer in layers]
-    if _all_keep(mask.kept, layers, quotas):
-        return mask
-    highest = [
-        _remove_lowest([layer], layer.n - quota).kept
-        for layer, quota in zip(layers, quotas, strict=True)
-    ]
-    return _remove_lowest(layers, min(n_remove, n - sum(quotas)), highest)
-
-
-def _all_keep(kept: Tensor, layers: list[_Layer], quotas: list[int]) -> bool:
-    """Whether each layer keeps at least so many of its entries."""
-    sizes = [layer.entries.numel() for layer in layers]
-    domains, add_up = _domains([layer.held for layer in layers])
-    if kept.numel() <= _FEW and add_up is add_up_one:
-        asked = [quota for quota, size in zip(quotas, sizes, strict=True) if size]
-        lasts = _lasts(tuple(size for size in sizes if size), kept.device)
-        up_to = kept.cumsum(0).index_select(0, lasts).tolist()
-        return all(n - m >= q for n, m, q in zip(up_to, [0, *up_to], asked, strict=False))
-    # Most often a glance at the first few of each is enough to know.
-    # All ranks must look as often, whatever they hold.
-    for at_most in sorted({GLANCE, max(GLANCE, *(layer.n for layer in layers))}):
-        parts = torch.split(kept, sizes)
-        counts = torch.stack([part[:at_most].count_nonzero() for part in parts])
-        if add_up is not add_up_one:
-            of_domains = []
-            for members in domains:
-                of_domains.append(torch.zeros_like(counts))
-                of_domains[-1][members] = counts[members]
-            counts = add_up(of_domains)
-        if all(n >= quota for n, quota in zip(counts.tolist(), quotas, strict=True)):
-            return True
-    return False
-
-
-@lru_cache(maxsize=16)
-def _lasts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the last of each layer is. To make it takes a tenth of a small network's sample."""
-    return torch.tensor([end - 1 for end in accumulate(sizes)], device=device)
-
-
-def _domains(shares: Sequence[Held | None]) -> tuple[list[list[int]], AddUp]:
-    """Which are spread over the same ranks, by index, and what adds up a count of each."""
-    if all(held is None for held in shares):
-        return [list(range(len(shares)))], add_up_one
+def _groups(shards: Sequence[Shard | None]) -> list[list[int]]:
+    """Which tensors are split over the same ranks, by index, in the order of the first of each."""
     members: dict[Hashable, list[int]] = {}
-    for index, held in enumerate(shares):
-        members.setdefault(held and held.domain, []).append(index)
-    holders = [shares[first] for first, *_ in members.values()]
-
-    def add_up(counts: Sequence[Tensor]) -> Tensor:
-        sums = [
-            count if held is None else held.add_up(count)
-            for held, count in zip(holders, counts, strict=True)
-        ]
-        return torch.stack(sums).sum(0)
-
-    return list(members.values()), add_up
+    for index, shard in enumerate(shards):
+        members.setdefault(None if shard is None else shard.group, []).append(index)
+    return list(members.values())
 
 
-def _remove_lowest(layers: list[_Layer], count: int, aside: list[Tensor] | None = None) -> Mask:
-    """Mask without the ``count`` lowest entries not set aside, the earlier first among equals."""
+def _remove_lowest(
+    layers: Sequence[_Layer], count: int, spared: Sequence[Tensor] | None = None
+) -> Mask:
+    """Mask without the `count` lowest entries, the earlier among equals.
+
+    Of each layer those whose indices are in `spared` are passed over.
+    """
     device = layers[0].entries.device
-    domains, add_up = _domains([layer.held for layer in layers])
-    if add_up is add_up_one:
-        spared = None if aside is None else torch.cat([each.to(device) for each in aside])
-        positions = None if spared is None else spared.nonzero().view(-1)
-        place = Scores([layer.entries for layer in layers], aside=positions, device=device)
-        selection = remove_lowest([place], count)
-        return Mask(selection.kept[0], selection.n_tied)
-    begins = list(accumulate((layer.n for layer in layers), initial=0))
-    places = []
-    for members in domains:
-        own = [layers[index] for index in members]
-        starts = [begins[index] for index in members]
-        spared = None if aside is None else torch.cat([aside[i].to(device) for i in members])
-        places.append(
-            Scores(
-                [layer.entries for layer in own],
-                partial(_positions, own, starts),
-                None if spared is None else spared.nonzero().view(-1),
-                device,
-            )
+    wide = any(layer.entries.dtype in (torch.float64, torch.complex128) for layer in layers)
+    starts = list(accumulate((layer.numel for layer in layers), initial=0))
+    members = _groups([layer.shard for layer in layers])
+    groups = [
+        _Group(
+            [layers[i] for i in indices],
+            [starts[i] for i in indices],
+            None if spared is None else [spared[i] for i in indices],
+            torch.float64 if wide else torch.float32,
+            device,
         )
-    selection = remove_lowest(places, count, add_up)
-    if len(places) == 1:
-        return Mask(selection.kept[0], selection.n_tied)
-    parts: list[Tensor] = [*layers[0].entries.new_empty(len(layers), 0)]
-    for members, kept in zip(domains, selection.kept, strict=True):
-        sizes = [layers[index].entries.numel() for index in members]
-        for index, part in zip(members, torch.split(kept, sizes), strict=True):
-            parts[index] = part
-    return Mask(torch.cat(parts), selection.n_tied)
+        for indices in members
+    ]
+    mask = None
+    if device.type == "cpu" and all(layer.shard is None for layer in layers):
+        mask = _keep_above_sampled_bracket(groups[0], count)
+    if mask is None:
+        kept, n_tied = _keep_above_counted_threshold(groups, count, starts[-1])
+        if len(groups) == 1:
+            return Mask(kept[0], n_tied)
+        of_layer: dict[int, Tensor] = {}
+        for indices, group, of_group in zip(members, groups, kept, strict=True):
+            of_layer |= zip(indices, torch.split(of_group, group.numels), strict=True)
+        mask = Mask(torch.cat([of_layer[i] for i in range(len(layers))]), n_tied)
+    return mask
 
 
-def _positions(layers: Sequence[_Layer], begins: Sequence[int], here: Tensor) -> Tensor:
-    """Positions among all entries of all layers, of positions among those of these layers here."""
-    sizes = [layer.entries.numel() for layer in layers]
-    ends = torch.tensor(list(accumulate(sizes, initial=0)), device=here.device)
-    cuts = torch.searchsorted(here, ends).tolist()
-    there = torch.empty_like(here)
-    for layer, begin, start, first, last in zip(
-        layers, begins, ends.tolist(), cuts, cuts[1:], strict=False
-    ):
-        if first < last:
-            within = here[first:last] - start
-            there[first:last] = begin + (layer.held.positions(within) if layer.held else within)
-    return there
+def _keep_above_sampled_bracket(group: _Group, count: int) -> Mask | None:
+    """The mask in one pass; None where the bracket missed the threshold or holds too many."""
+    low, high = _bracket(group, count)
+    kept = np.empty(group.n, dtype=bool)
+    inside, indices = [], []
+    n_left = max(group.n * _LARGEST_BRACKET, _HOST_CHUNK)
+    for start, chunk in group.chunks():
+        keys = chunk.numpy()
+        if group.spared is None and keys.size and keys.max() >= group.infinity:
+            raise _not_finite(group.layers)
+        above = np.greater(keys, high, out=kept[start : start + len(keys)])
+        found = np.flatnonzero((keys >= low) ^ above)
+        n_left -= len(found)
+        if n_left < 0:
+            return None
+        inside.append(keys[found])
+        indices.append(found + start)
+    bracketed, where = np.concatenate(inside), np.concatenate(indices)
+    n_above = int(np.count_nonzero(kept))
+    rank = count - (group.n - n_above - len(bracketed))
+    if not 0 < rank <= len(bracketed):
+        return None
+    threshold = np.partition(bracketed, rank - 1)[rank - 1]
+    tied = where[bracketed == threshold]
+    n_removed = rank - int(np.count_nonzero(bracketed < threshold))
+    kept[where[bracketed > threshold]] = True
+    kept[tied[n_removed:]] = True
+    n_tied = len(tied) + _n_spared_at(group, int(threshold))
+    return Mask(torch.from_numpy(kept), n_tied if n_tied > n_removed else 0)
 
 
-def mask_distance(a: Tensor, b: Tensor) -> float:
-    r"""Share of entries on which two masks differ.
-
-    .. math:: d(a, b) = \frac{1}{n}\,\bigl|\{\,i : a_i \ne b_i\,\}\bigr|
-
-    The normalised Hamming distance of Early-Bird tickets [1]: 0 for equal masks, 1 for opposite
-    ones.
-
-    Args:
-        a: Bool mask of any shape; **True = kept**.
-        b: Mask of the same shape and device.
-
-    Returns:
-        The distance in [0, 1], one division of two integers.
-
-    Raises:
-        ValueError: If the shapes differ.
-
-    Example:
-        >>> mask_distance(torch.tensor([True, True]), torch.tensor([True, False]))
-        0.5
-
-    References:
-        [1] You et al., "Drawing Early-Bird Tickets", ICLR 2020, https://arxiv.org/abs/1909.11957.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"Masks must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
-    return int((a ^ b).count_nonzero()) / a.numel()
+def _bracket(group: _Group, rank: int) -> tuple[int, int]:
+    """Two keys that most likely have the `rank`-th lowest between them."""
+    lowest, highest = 0, group.infinity - 1
+    stride = group.n // _SAMPLE
+    if stride < 2:
+        return lowest, highest
+    # Rows of matrices mostly have lengths of small factors. A stride that shares one with them
+    # would see the same few columns of all rows.
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
+        stride += 1
+    sample = np.concatenate([keys.numpy() for _, keys in group.chunks(stride)])
+    expected = rank / group.n * len(sample)
+    margin = _STANDARD_DEVIATIONS * math.sqrt(len(sample)) / 2
+    first, last = int(expected - margin), int(expected + margin)
+    sample.partition([max(first, 0), min(last, len(sample) - 1)])
+    return (
+        int(sample[first]) if first >= 0 else lowest,
+        min(int(sample[last]), highest) if last < len(sample) else highest,
+    )
 
 
-def new_window(n_entries: int, window: int, device: torch.device | str | None = None) -> Tensor:
-    """A window that holds no mask yet.
+def _keep_above_counted_threshold(
+    groups: Sequence[_Group], count: int, n: int
+) -> tuple[list[Tensor], int]:
+    """For each group the mask of its entries, and how many are tied, from counts over all ranks."""
+    device, infinity = groups[0].device, groups[0].infinity
 
-    A mask needs one bit an entry, so a byte holds the last eight: bit ``i`` of an entry's byte is
-    that entry in the mask drawn ``i`` samples ago. Windows of more than eight masks take further
-    bytes.
-
-    Args:
-        n_entries: Number of ranked entries.
-        window: How many masks are held, the newest counted.
-        device: Where the window lives.
-
-    Returns:
-        uint8 tensor of shape ``(ceil(window / 8), n_entries)``, all zero.
-
-    Example:
-        >>> new_window(3, window=5)
-        tensor([[0, 0, 0]], dtype=torch.uint8)
-    """
-    return torch.zeros(-(-window // _BITS), n_entries, dtype=torch.uint8, device=device)
-
-
-def push_mask_(window: Tensor, mask: Tensor) -> None:
-    """Put a mask into the window as its newest, in place; the oldest falls out.
-
-    Args:
-        window: What :func:`new_window` made; modified in place.
-        mask: Bool mask of shape ``(n_entries,)``, **True = kept**.
-
-    Example:
-        >>> window = new_window(2, window=5)
-        >>> push_mask_(window, torch.tensor([True, False]))
-        >>> push_mask_(window, torch.tensor([True, True]))
-        >>> window
-        tensor([[3, 1]], dtype=torch.uint8)
-    """
-    for row in range(window.shape[0] - 1, 0, -1):
-        carried = window[row - 1] >> (_BITS - 1)
-        window[row].bitwise_left_shift_(1).bitwise_or_(carried)
-    for held, new in zip(_parts(window[0]), _parts(mask), strict=True):
-        torch.add(new.view(torch.uint8), held, alpha=2, out=held)
-
-
-def newest_mask(window: Tensor) -> Tensor:
-    """The mask pushed last.
-
-    Args:
-        window: A window that at least one mask was pushed into.
-
-    Returns:
-        Bool tensor of shape ``(n_entries,)``, **True = kept**; a copy.
-
-    Example:
-        >>> window = new_window(2, window=5)
-        >>> push_mask_(window, torch.tensor([True, False]))
-        >>> newest_mask(window)
-        tensor([ True, False])
-    """
-    return (window[0] & 1).bool()
-
-
-def window_distances(
-    window: Tensor, n_held: int, shares: Sequence[tuple[int, Held | None]] | None = None
-) -> tuple[float, ...]:
-    r"""Distances from the newest mask to each older one, oldest first, in one pass.
-
-    .. math:: d_j = d(m_\mathrm{newest}, m_j) \quad \text{for each older mask } m_j
-
-    Args:
-        window: What :func:`push_mask_` filled.
-        n_held: How many masks it holds, the newest counted; at least 1.
-        shares: For each representative how many entries are in this window, and what other ranks
-            hold, if they do; then this is a collective call (default: all are here).
-
-    Returns:
-        ``n_held - 1`` distances in [0, 1], the same as :func:`mask_distance` of the masks one by
-        one.
-
-    Example:
-        >>> window = new_window(2, window=5)
-        >>> for mask in ([True, False], [False, False], [True, True]):
-        ...     push_mask_(window, torch.tensor(mask))
-        >>> window_distances(window, n_held=3)
-        (0.5, 1.0)
-    """
-    if shares is None:
-        n_entries = window.shape[1]
-        return tuple(n / n_entries for n in window_differences(window, n_held).tolist())
-    domains, add_up = _domains([held for _, held in shares])
-    if len(domains) == 1:
-        counts = [window_differences(window, n_held)]
-    else:
-        parts = torch.split(window, [size for size, _ in shares], dim=1)
+    def n_up_to(keys: Tensor) -> Tensor:
+        """How many entries have at most each of these keys."""
+        keys = keys.clamp(max=groups[0].spared_key)
         counts = [
-            torch.stack([window_differences(parts[index], n_held) for index in members]).sum(0)
-            for members in domains
+            group.count(lambda _, chunk: _counts([chunk <= key for key in keys]), len(keys))
+            for group in groups
         ]
-    n_entries = sum(held.n_entries if held else size for size, held in shares)
-    return tuple(count / n_entries for count in add_up(counts).tolist())
+        return torch.stack(counts).sum(0)
+
+    finite_keys = torch.tensor([infinity - 1], device=device)
+    if groups[0].spared is None and int(n_up_to(finite_keys)) < n:
+        raise _not_finite([layer for group in groups for layer in group.layers])
+    if count == 0:
+        return [torch.ones(group.n, dtype=torch.bool, device=device) for group in groups], 0
+    n_bits = torch.iinfo(groups[0].key_dtype).bits - 1
+    threshold = _lowest_that_reaches(count, n_up_to, n_bits, device)
+    n_below, n_reached = n_up_to(torch.stack([threshold - 1, threshold])).tolist()
+    n_removed, n_tied = count - n_below, n_reached - n_below
+
+    def n_tied_up_to(last: Tensor) -> Tensor:
+        """How many of those tied have at most each of these indices among all entries."""
+        counts = []
+        for group in groups:
+
+            def count_chunk(start: int, keys: Tensor, group: _Group = group) -> Tensor:
+                tied = keys == threshold
+                indices = group.global_indices(start, len(keys))
+                return _counts([tied & (indices <= each) for each in last])
+
+            counts.append(group.count(count_chunk, len(last)))
+        return torch.stack(counts).sum(0)
+
+    last_removed = torch.tensor(n, device=device)
+    if n_removed < n_tied:
+        last_removed = _lowest_that_reaches(n_removed, n_tied_up_to, n.bit_length(), device)
+    kept = []
+    for group in groups:
+        kept.append(torch.empty(group.n, dtype=torch.bool, device=device))
+        for start, keys in group.chunks():
+            stays = keys > threshold
+            if n_removed < n_tied:
+                indices = group.global_indices(start, len(keys))
+                stays |= (keys == threshold) & (indices > last_removed)
+            kept[-1][start : start + len(keys)] = stays
+    if groups[0].spared is not None:
+        n_tied += sum(_n_spared_at(group, int(threshold)) for group in groups)
+    return kept, n_tied if n_tied > n_removed else 0
 
 
-def window_differences(window: Tensor, n_held: int) -> Tensor:
-    """On how many entries the newest mask differs from each older one, oldest first.
+def _lowest_that_reaches(
+    wanted: int, count: Callable[[Tensor], Tensor], n_bits: int, device: torch.device
+) -> Tensor:
+    """The lowest number of `n_bits` bits whose count is at least `wanted`, on the device.
 
-    An entry's byte, flipped where the newest mask has a one, has a bit set for every older mask
-    that differs from the newest.
-
-    Args:
-        window: What :func:`push_mask_` filled, or some of its columns.
-        n_held: How many masks it holds, the newest counted; at least 1.
-
-    Returns:
-        int64 tensor of shape ``(n_held - 1,)``.
-
-    Example:
-        >>> window = new_window(2, window=5)
-        >>> for mask in ([True, False], [False, False], [True, True]):
-        ...     push_mask_(window, torch.tensor(mask))
-        >>> window_differences(window, n_held=3)
-        tensor([1, 2])
+    Three bits are found in each round, from seven counts that ranks add up in one message.
     """
-    if window.shape[0] == 1 and window.shape[1] <= _FEW:
-        return count_all_differing(window[0])[_BITS - n_held : _BITS - 1]
-    counts = []
-    for number, row in enumerate(window):
-        ages = range(max(1, number * _BITS), min(n_held, (number + 1) * _BITS))
-        if ages:
-            flipped = _flipped(window[0], row)
-            counts.append(count_bits(flipped, [age % _BITS for age in reversed(ages)]))
-    return torch.cat(counts[::-1]) if counts else window.new_zeros(0, dtype=torch.int64)
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    steps = torch.arange(1, 8, device=device)
+    for shift in reversed(range(0, n_bits, 3)):
+        last_of_each = found + (steps << shift) - 1
+        found = found + ((count(last_of_each) < wanted).sum() << shift)
+    return found
 
 
-def _flipped(newest: Tensor, row: Tensor) -> Iterator[Tensor]:
-    """The bytes of a row, part by part, with all bits flipped where the newest mask has a one."""
-    flip = newest.new_empty(min(_PART, len(newest)))
-    for first, part in zip(_parts(newest), _parts(row), strict=True):
-        out = flip[: len(part)]
-        # 0 or, by wrapping around, 255
-        yield torch.bitwise_and(first, 1, out=out).neg_().bitwise_xor_(part)
+def _n_spared_at(group: _Group, threshold: int) -> int:
+    """How many spared entries have this key, on all ranks."""
+    if group.spared is None:
+        return 0
+    bare = _Group(group.layers, group.starts, None, group.dtype, group.device)
+
+    def count_chunk(start: int, keys: Tensor) -> Tensor:
+        return _counts([keys[group.spared_within(start, len(keys))] == threshold])
+
+    return int(bare.count(count_chunk, 1))
 
 
-def _parts(row: Tensor) -> Sequence[Tensor]:
-    return torch.split(row, _PART) if len(row) > _PART else (row,)
+def _n_kept(layers: Sequence[_Layer], kept: Tensor) -> list[int]:
+    """How many entries of each tensor a mask keeps, on all ranks."""
+    counts = _counts(list(torch.split(kept, [layer.entries.numel() for layer in layers])))
+    for indices in _groups([layer.shard for layer in layers]):
+        shard = layers[indices[0]].shard
+        if shard is not None:
+            counts[indices] = shard.all_reduce(counts[indices])
+    totals: list[int] = counts.tolist()
+    return totals
+
+
+def _counts(flags: Sequence[Tensor]) -> Tensor:
+    """How many are True in each bool tensor, as int64 on their device."""
+    if flags[0].device.type == "cpu":
+        # numpy counts bytes some twenty times as fast as torch.
+        return torch.tensor([np.count_nonzero(each.numpy()) for each in flags], device="cpu")
+    return torch.stack([each.count_nonzero() for each in flags])
+
+
+def _not_finite(layers: Sequence[_Layer]) -> ValueError:
+    """The error for a NaN or infinite entry, with the name of the first tensor that has one."""
+    bad = [layer.name for layer in layers if not _is_finite(layer.entries)]
+    what = f"{bad[0]!r}: it has" if bad else "the entries that another rank holds: they have"
+    return ValueError(
+        f"Cannot rank {what} NaN or infinite entries, so a mask drawn from it would mean nothing. "
+        "Training has diverged: lower the learning rate, clip gradients, or go back to an earlier "
+        "checkpoint."
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; torch cannot ask 8-bit floats themselves."""
+    return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torch_worm_optim.selectors.base import canonical_name
-from torch_worm_optim.sharding import local, local_part_of, reshard_
+from torch_worm_optim.sharding import local_part_of, local_tensor, reshard_
 
 
 @torch.no_grad()
-def zero_removed_(parameters: Sequence[Tensor], removed: Sequence[Tensor]) -> None:
-    """Set the removed entries of each parameter to zero, in place.
-
-    Args:
-        parameters: Parameters, or views of the ranked part of them.
-        removed: For each a bool tensor of its shape, **True = removed** (the opposite of a mask: it
-            is wanted at every step, and stored the way that it is used).
-
-    Example:
-        >>> parameter = torch.tensor([3.0, -4.0])
-        >>> zero_removed_([parameter], [torch.tensor([False, True])])
-        >>> parameter
-        tensor([3., 0.])
-    """
-    for parameter, gone in zip(parameters, removed, strict=True):
-        parameter.masked_fill_(gone, 0)
-
-
 def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
     """Apply a ticket to a model that need not be the one it was found in, in place.
 
@@ -54,7 +36,7 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
         >>> model.weight.data
         tensor([1., 0., 1.])
     """
-    reshard_(model)  # an evaluation may have left whole parameters in the places of shards
+    reshard_(model)
     parameters = {
         canonical_name(name): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -78,9 +60,7 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
                 f"{tuple(mask.shape)}, the parameter has {tuple(parameters[name].shape)}. Build "
                 "the model that it was found in."
             )
-    chosen = [parameters[name] for name in ticket]
-    masks = [local_part_of(mask, like=p) for mask, p in zip(ticket.values(), chosen, strict=True)]
-    zero_removed_(
-        [local(parameter) for parameter in chosen],
-        [~mask.to(parameter.device) for mask, parameter in zip(masks, chosen, strict=True)],
-    )
+    for name, mask in ticket.items():
+        removed = ~local_part_of(mask, like=parameters[name])
+        local = local_tensor(parameters[name])
+        local.masked_fill_(removed.to(local.device), 0)

@@ -1,4 +1,4 @@
-"""When the ticket is found: the state machine over a sliding window of masks."""
+"""When the ticket is found: the phases of a search and the rule that leads from one to the next."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
-
-from torch import Tensor
-
-from torch_worm_optim.masks import Held, push_mask_, window_distances
 
 
 class Phase(Enum):
@@ -110,49 +106,10 @@ class StoppingRule:
         return Phase.TRUNCATING if self.trigger == "always" else phase
 
 
-def observe_(
-    window: Tensor,
-    mask: Tensor,
-    *,
-    step: int,
-    history: Sequence[MaskSample],
-    rule: StoppingRule,
-    shares: Sequence[tuple[int, Held | None]] | None = None,
-) -> MaskSample:
-    """Take a newly drawn mask into the window, in place, and decide what follows.
-
-    Args:
-        window: The masks so far, from :func:`~torch_worm_optim.masks.new_window`; modified in
-            place.
-        mask: The new mask, shape ``(n_entries,)``, **True = kept**.
-        step: Optimizer steps taken so far.
-        history: The samples before this one, oldest first.
-        rule: When to truncate and when to stop.
-        shares: What other ranks hold, see :func:`~torch_worm_optim.masks.window_distances`.
-
-    Returns:
-        The new sample, which the caller appends to the history.
-
-    Example:
-        >>> import torch
-        >>> from torch_worm_optim.masks import new_window
-        >>> window, rule, history = new_window(4, window=2), StoppingRule(window=2), []
-        >>> for step in (1, 2):
-        ...     mask = torch.tensor([True, False, True, False])
-        ...     history.append(observe_(window, mask, step=step, history=history, rule=rule))
-        >>> [sample.phase.value for sample in history]
-        ['searching', 'converged']
-    """
-    push_mask_(window, mask)
-    full = len(history) + 1 >= rule.window
-    distances = window_distances(window, rule.window, shares) if full else ()
-    return decide(distances, step=step, history=history, rule=rule)
-
-
 def decide(
     distances: tuple[float, ...], *, step: int, history: Sequence[MaskSample], rule: StoppingRule
 ) -> MaskSample:
-    """What follows from the distances of a mask that is in the window.
+    """The sample of a mask at these distances, with the phase that follows.
 
     Args:
         distances: From the newest mask to each older one, oldest first; empty while the window is

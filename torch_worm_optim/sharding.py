@@ -1,15 +1,15 @@
-"""What one rank holds of a parameter that is spread over several, as a DTensor.
+"""Sharded parameters: which entries of a DTensor this rank has, and where they lie among all.
 
-A rank holds a rectangle of a parameter: some of the indices of each dimension. The ranked entries
-are a rectangle, too, though perhaps one with gaps, as the query and key rows of a fused projection
-are. What both have in common is what this rank ranks, and where its entries lie among those of all
-ranks follows dimension by dimension. Nothing here sends a weight to another rank.
+The local tensor of a rank is a rectangle of the parameter: some of the indices of each dimension.
+The ranked entries are a rectangle too, perhaps with gaps, as the query and key rows of a fused
+projection are. So what this rank ranks follows dimension by dimension. Only counts are sent to
+other ranks, never weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,39 +17,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_worm_optim.masks import Held
 from torch_worm_optim.selectors.base import Representative
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_distributed(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor.
 
     Args:
         tensor: Any tensor.
 
     Example:
-        >>> is_distributed(torch.ones(2))
+        >>> is_dtensor(torch.ones(2))
         False
     """
     # Asking for the class would import torch.distributed, which some builds do not have.
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, as a view without a gradient; all of it if it is plain.
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The local tensor of a DTensor, or a plain tensor itself, as a view without a gradient.
 
     Args:
         tensor: A parameter or a gradient.
 
     Example:
-        >>> local(torch.ones(2))
+        >>> local_tensor(torch.ones(2))
         tensor([1., 1.])
     """
     tensor = tensor.detach()
-    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def reshard_(model: nn.Module) -> None:
@@ -67,11 +66,11 @@ def reshard_(model: nn.Module) -> None:
 
 
 def local_part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank would hold of a tensor if that were spread as another one is.
+    """The local tensor that another tensor would have if it were sharded as a parameter is.
 
     Args:
-        whole: A plain tensor, the same on all ranks, or a DTensor spread in any way (then this is a
-            collective call).
+        whole: A plain tensor, the same on all ranks, or a DTensor sharded in any way (then this is
+            a collective call).
         like: A parameter of that shape, plain or a DTensor.
 
     Returns:
@@ -81,184 +80,168 @@ def local_part_of(whole: Tensor, like: Tensor) -> Tensor:
         >>> local_part_of(torch.arange(3), like=torch.zeros(3))
         tensor([0, 1, 2])
     """
-    if is_distributed(whole):
-        if spread_alike(whole, like):
-            return local(whole)
+    if is_dtensor(whole):
+        if sharded_alike(whole, like):
+            return local_tensor(whole)
         whole = whole.full_tensor()  # type: ignore[attr-defined]
-    if not is_distributed(like):
+    if not is_dtensor(like):
         return whole
     for dim, (begin, size) in enumerate(_rectangle(like)):
         whole = whole.narrow(dim, min(begin, whole.shape[dim]), size)
     return whole
 
 
-def spread_like(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor of which this rank holds a part, spread as another one is.
+def as_dtensor_like(parameter: Tensor, local: Tensor) -> Tensor:
+    """The tensor of which each rank has a part, sharded as a parameter is.
 
     Args:
-        part: What this rank holds.
-        like: A parameter, plain or a DTensor.
+        parameter: A parameter, plain or a DTensor.
+        local: This rank's part of a tensor of its shape.
 
     Returns:
-        ``part`` itself, or a DTensor of the shape of ``like``.
+        A DTensor, or ``local`` itself for a plain parameter.
 
     Example:
-        >>> spread_like(torch.arange(3), like=torch.zeros(3))
+        >>> as_dtensor_like(torch.zeros(3), torch.arange(3))
         tensor([0, 1, 2])
     """
-    if not is_distributed(like):
-        return part
+    if not is_dtensor(parameter):
+        return local
     from torch.distributed.tensor import DTensor
 
-    distributed: DTensor = like  # type: ignore[assignment]
+    dtensor: DTensor = parameter  # type: ignore[assignment]
     return DTensor.from_local(
-        part,
-        distributed.device_mesh,
-        distributed.placements,
+        local,
+        dtensor.device_mesh,
+        dtensor.placements,
         run_check=False,
-        shape=distributed.shape,
-        stride=distributed.stride(),
+        shape=dtensor.shape,
+        stride=dtensor.stride(),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What this rank holds of a representative's ranked entries.
+    """How a representative's ranked entries are split over ranks, and which this rank has.
 
     Attributes:
         shape: How many indices of each dimension of the parameter are ranked, on all ranks.
-        here: For each dimension the indices into what this rank holds that are ranked.
+        local_indices: For each dimension the ranked indices into this rank's local tensor.
         positions: For each dimension where those are among all that are ranked.
-        mesh: The ranks that hold the parameter.
-        placements: How they do, for each dimension of ``mesh``.
+        mesh: The ranks that the parameter is split over.
+        placements: How it is, for each dimension of ``mesh``.
     """
 
     shape: tuple[int, ...]
-    here: tuple[Tensor, ...]
+    local_indices: tuple[Tensor, ...]
     positions: tuple[Tensor, ...]
     mesh: Any
     placements: tuple[Any, ...]
 
-    def is_of(self, parameter: Tensor) -> bool:
-        """Whether this is how a parameter is spread."""
-        return is_distributed(parameter) and bool(
+    def matches(self, parameter: Tensor) -> bool:
+        """Whether a parameter is split in this way."""
+        return is_dtensor(parameter) and bool(
             parameter.device_mesh == self.mesh  # type: ignore[attr-defined]
             and parameter.placements == self.placements  # type: ignore[attr-defined]
         )
 
     @property
-    def dims(self) -> tuple[int, ...]:
+    def numel(self) -> int:
+        """How many ranked entries all ranks have together."""
+        return math.prod(self.shape)
+
+    @property
+    def local_shape(self) -> list[int]:
+        """How many indices of each dimension are ranked on this rank."""
+        return [len(each) for each in self.local_indices]
+
+    @property
+    def local_numel(self) -> int:
+        """How many ranked entries this rank has."""
+        return math.prod(self.local_shape)
+
+    @property
+    def split_dims(self) -> tuple[int, ...]:
         """The dimensions of the mesh that the parameter is cut along."""
         return tuple(i for i, each in enumerate(self.placements) if not each.is_replicate())
 
     @property
-    def size(self) -> int:
-        """How many ranked entries this rank holds."""
-        return math.prod(len(each) for each in self.here)
+    def group(self) -> Hashable:
+        """Equal for parameters that are split over the same ranks."""
+        return self.mesh, self.split_dims
 
     @cached_property
     def slices(self) -> tuple[slice, ...] | None:
-        """The ranked indices as slices, if there are no gaps between them."""
+        """The local indices as slices; None if there are gaps between them."""
         slices = []
-        for indices in self.here:
+        for indices in self.local_indices:
             first = int(indices[0]) if len(indices) else 0
             if len(indices) and int(indices[-1]) != first + len(indices) - 1:
                 return None
             slices.append(slice(first, first + len(indices)))
         return tuple(slices)
 
-    def ranked(self, held: Tensor) -> Tensor:
-        """The ranked entries of what this rank holds; a copy if there are gaps between them."""
+    def ranked(self, local: Tensor) -> Tensor:
+        """The ranked entries of a local tensor; a copy if there are gaps between them."""
         if self.slices is not None:
-            return held[self.slices]
-        for dim, indices in enumerate(self.here):
-            held = held.index_select(dim, indices.to(held.device))
-        return held
+            return local[self.slices]
+        for dim, indices in enumerate(self.local_indices):
+            local = local.index_select(dim, indices.to(local.device))
+        return local
 
-    def reached(self, held: Tensor) -> Tensor:
-        """What a mask is applied to: the ranked entries, or all if there are gaps between them."""
-        return held if self.slices is None else held[self.slices]
+    def masked(self, local: Tensor) -> Tensor:
+        """A view for masks to apply to: the ranked entries, or all if they have gaps."""
+        return local if self.slices is None else local[self.slices]
 
-    def spread(self, mask: Tensor, held: Tensor, rest: int) -> Tensor:
-        """A flat mask of the ranked entries in the shape of what it is applied to.
+    def write(self, values: Tensor, local: Tensor) -> None:
+        """Write flat values of the ranked entries to their places in a local tensor."""
+        values = values.view(self.local_shape)
+        if self.slices is not None:
+            local[self.slices] = values
+        elif values.numel():
+            on_device = [indices.to(local.device) for indices in self.local_indices]
+            local[torch.meshgrid(*on_device, indexing="ij")] = values
+
+    def global_indices(self, local_indices: Tensor) -> Tensor:
+        """Flat indices among the ranked entries of all ranks, given those among this rank's.
 
         Args:
-            mask: Mask or bytes of shape ``(size,)``.
-            held: What this rank holds.
-            rest: What entries get that are not ranked.
+            local_indices: int64 tensor.
         """
-        ranked = mask.view([len(each) for each in self.here])
-        if self.slices is not None:
-            return ranked
-        return self.fill(ranked, torch.full_like(held, rest, dtype=mask.dtype))
-
-    def part_of(self, rows: Tensor) -> Tensor:
-        """What this rank holds of rows that hold the ranked entries of all ranks."""
-        whole = rows.view(len(rows), *self.shape)
-        for dim, positions in enumerate(self.positions):
-            whole = whole.index_select(dim + 1, positions.to(rows.device))
-        return whole.reshape(len(rows), -1)
-
-    def fill(self, ranked: Tensor, held: Tensor) -> Tensor:
-        """Write the ranked entries into what this rank holds; returns that."""
-        ranked = ranked.view([len(each) for each in self.here])
-        if self.slices is not None:
-            held[self.slices] = ranked
-        elif ranked.numel():
-            n = len(self.here)
-            grid = [
-                each.to(held.device).view([-1 if i == dim else 1 for i in range(n)])
-                for dim, each in enumerate(self.here)
-            ]
-            held[tuple(grid)] = ranked
-        return held
-
-    def among_all(self, here: Tensor) -> Tensor:
-        """Flat positions among the ranked entries of all ranks, of flat positions among those here.
-
-        Args:
-            here: int64 tensor.
-        """
-        there = torch.zeros_like(here)
+        indices = torch.zeros_like(local_indices)
         stride = 1
         for positions, size in zip(reversed(self.positions), reversed(self.shape), strict=True):
-            there += positions.to(here.device)[here % len(positions)] * stride
-            here = here // len(positions)
+            indices += positions.to(indices.device)[local_indices % len(positions)] * stride
+            local_indices = local_indices // len(positions)
             stride *= size
-        return there
+        return indices
 
-    def add_up(self, counts: Tensor) -> Tensor:
-        """Add counts over the ranks that hold the other parts; the only traffic there is."""
+    def all_reduce(self, counts: Tensor) -> Tensor:
+        """The sum of counts over the ranks that have the other parts; the only traffic there is."""
         # Where weights are offloaded to the host, the ranks still talk device to device.
-        there = counts.to(self.mesh.device_type, copy=True)
-        for dim in self.dims:
-            torch.distributed.all_reduce(there, group=self.mesh.get_group(dim))
-        return there.to(counts.device)
-
-    @property
-    def held(self) -> Held:
-        """This as what masks are drawn with."""
-        domain = (self.mesh, self.dims)
-        return Held(math.prod(self.shape), self.among_all, self.add_up, domain)
+        sums = counts.to(self.mesh.device_type, copy=True)
+        for dim in self.split_dims:
+            torch.distributed.all_reduce(sums, group=self.mesh.get_group(dim))
+        return sums.to(counts.device)
 
 
 def shard_of(representative: Representative, parameter: Tensor) -> Shard | None:
-    """What this rank holds of a representative, or None if every rank holds all of it.
+    """How a representative is split over ranks, or None if every rank has all of it.
 
     Args:
         representative: What is ranked, without regard to its followers and partners.
         parameter: Its parameter.
 
     Raises:
-        RuntimeError: If the parameter is spread in a way that does not work here.
+        RuntimeError: If the parameter is split in a way that is not supported.
 
     Example:
         >>> shard_of(Representative("weight"), torch.ones(2))
     """
-    if not is_distributed(parameter):
+    if not is_dtensor(parameter):
         return None
-    name, distributed = representative.name, parameter
-    placements: Sequence[Any] = distributed.placements  # type: ignore[attr-defined]
+    name = representative.name
+    placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError(
             f"{name!r} is a DTensor of partial sums ({placements}), so that no rank knows its "
@@ -273,16 +256,16 @@ def shard_of(representative: Representative, parameter: Tensor) -> Shard | None:
             "with tensors that are replicated."
         )
     ranked = ranked_indices(representative, tuple(parameter.shape))
-    here, positions = [], []
+    local_indices, positions = [], []
     for indices, (begin, size) in zip(ranked, _rectangle(parameter), strict=True):
         first, last = torch.searchsorted(
             indices, torch.tensor([begin, begin + size], device="cpu")
         ).tolist()
-        here.append(indices[first:last] - begin)
+        local_indices.append(indices[first:last] - begin)
         positions.append(torch.arange(first, last, device="cpu"))
     shape = tuple(len(indices) for indices in ranked)
-    mesh = distributed.device_mesh  # type: ignore[attr-defined]
-    return Shard(shape, tuple(here), tuple(positions), mesh, tuple(placements))
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    return Shard(shape, tuple(local_indices), tuple(positions), mesh, tuple(placements))
 
 
 def ranked_indices(representative: Representative, shape: tuple[int, ...]) -> list[Tensor]:
@@ -315,30 +298,30 @@ def ranked_indices(representative: Representative, shape: tuple[int, ...]) -> li
 
 
 def _rectangle(parameter: Tensor) -> list[tuple[int, int]]:
-    """The first index that this rank holds of each dimension, and how many."""
+    """For each dimension the first index that this rank has, and how many it has."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    distributed: DTensor = parameter  # type: ignore[assignment]
+    dtensor: DTensor = parameter  # type: ignore[assignment]
     sizes, begins = compute_local_shape_and_global_offset(
-        parameter.shape, distributed.device_mesh, distributed.placements
+        dtensor.shape, dtensor.device_mesh, dtensor.placements
     )
-    held = tuple(local(parameter).shape)
-    if tuple(sizes) != held:
+    local_shape = tuple(local_tensor(parameter).shape)
+    if tuple(sizes) != local_shape:
         raise RuntimeError(
-            f"This rank holds {held} of a parameter of shape {tuple(parameter.shape)}, where "
-            f"{distributed.placements} mean {tuple(sizes)}. Such a layout is not supported: shard "
-            "with fully_shard or parallelize_module."
+            f"This rank has {local_shape} of a parameter of shape {tuple(parameter.shape)}, where "
+            f"{dtensor.placements} mean {tuple(sizes)}. Such a layout is not supported: shard with "
+            "fully_shard or parallelize_module."
         )
     return list(zip(begins, sizes, strict=True))
 
 
-def spread_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are both plain, or spread over the same ranks in the same way."""
-    if not (is_distributed(a) or is_distributed(b)):
+def sharded_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are both plain, or DTensors with one mesh and equal placements."""
+    if not (is_dtensor(a) or is_dtensor(b)):
         return True
     return (
-        is_distributed(a)
-        and is_distributed(b)
+        is_dtensor(a)
+        and is_dtensor(b)
         and a.device_mesh == b.device_mesh  # type: ignore[attr-defined]
         and a.placements == b.placements  # type: ignore[attr-defined]
     )

@@ -1,15 +1,30 @@
-"""Holding back entries about to be pruned: in-place scaling of gradients and of updates."""
+r"""What a step does to entries that a mask removes: truncate them, or hold them at zero.
+
+Three strategies, each one class with one method. It takes the base optimizer's step and does
+something before or after it:
+
+=======================  ==========================================================================
+:class:`ScaledGradients` scales what the base optimizer sees, the paper's formula
+:class:`ScaledUpdates`   scales what the base optimizer does
+:class:`HeldAtZero`      sets what the base optimizer moved back to zero
+=======================  ==========================================================================
+
+What a strategy keeps between steps is derived from the newest mask and is made anew after
+``clear()``, and when a parameter has another shape, dtype or device than before.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_worm_optim.kernels import kernels_run
+Closure = Callable[[], Any]
+BaseStep = Callable[["Closure | None"], Any]
 
 # Optimizers that normalise a gradient by its own history, sign or spectrum, by what their class
 # names have in common, since most of them live in other packages.
@@ -18,66 +33,184 @@ _NORMALISING = re.compile(
     r"|NovoGrad|MADGRAD|^Mars|CAME|Yogi|AdEMAMix|Ranger|Tiger"
 )
 
-# Entries whose multipliers are made at once: a megabyte, so that they stay in the cache.
-_BLOCK = 9 << 15
 
-with torch.inference_mode(False):
-    # As a tensor, since a number would be made one in every call.
-    _NEWEST = torch.tensor(1, dtype=torch.uint8, device="cpu")
+class Entries(NamedTuple):
+    """Those entries of one parameter that a mask applies to.
 
-
-def fill_multiplier_(multiplier: Tensor, mask: Tensor, truncation: float) -> None:
-    r"""Write what gradients are to be multiplied by: 1 where kept, r where removed, in place.
-
-    Args:
-        multiplier: Tensor of the gradient's dtype; modified in place.
-        mask: Bool mask of the same shape, **True = kept**.
-        truncation: *r*, in [0, 1].
-
-    Example:
-        >>> multiplier = torch.empty(2)
-        >>> fill_multiplier_(multiplier, torch.tensor([True, False]), 0.003)
-        >>> multiplier
-        tensor([1.0000, 0.0030])
+    Attributes:
+        weights: The entries, a view of the parameter.
+        gradient: Returns the same view of the parameter's gradient, or None where there is none.
+            Gradients may appear only during a step, in a closure.
+        mask: Returns the newest mask of these entries, **True = kept**, in their shape.
     """
-    multiplier.fill_(1).masked_fill_(~mask, truncation)
+
+    weights: Tensor
+    gradient: Callable[[], Tensor | None]
+    mask: Callable[[], Tensor]
 
 
-@torch.no_grad()
-def truncate_gradients_(
-    gradients: Sequence[Tensor | None],
-    multipliers: Sequence[Tensor],
-    *,
-    foreach: bool | None = None,
-) -> None:
-    r"""Scale the gradients of to-be-pruned entries by r, in place.
+class Strategy(Protocol):
+    """Something to do around each step of the base optimizer."""
+
+    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
+        """Take the base optimizer's step, and do it."""
+        ...
+
+    def clear(self) -> None:
+        """Forget what was derived from the newest mask: another mask takes its place."""
+        ...
+
+
+class ScaledGradients:
+    r"""Scale the gradients of removed entries by r before the base optimizer sees them.
 
     .. math::
 
         \nabla_t(\theta) = r\,\nabla(\theta) \text{ if } m(\theta) = 1,
         \text{ else } \nabla(\theta)
 
-    Section 4 of the WORM paper [1], where m = 1 marks what will be *pruned*; masks here mark what
-    is kept. The gradient of a kept entry keeps its bits. Nothing is allocated and the device is not
-    waited for.
+    Section 4 of the WORM paper [1], where m = 1 marks what will be *pruned*; masks in this package
+    mark what is kept. The gradient of a kept entry keeps its bits. Between masks nothing is
+    allocated and the device is not waited for.
 
     Args:
-        gradients: Gradients, or views of the ranked part of them; ``None`` is passed over.
-        multipliers: For each gradient, what :func:`fill_multiplier_` wrote: a tensor of its shape.
-        foreach: Whether to scale all tensors of one device and dtype in one call (default: True,
-            except for sparse gradients, which are always scaled one by one).
+        truncation: *r*, in [0, 1].
 
     Example:
-        >>> gradient = torch.tensor([2.0, 2.0])
-        >>> truncate_gradients_([gradient], [torch.tensor([1.0, 0.5])])
-        >>> gradient
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> weight.grad = torch.tensor([2.0, 2.0])
+        >>> removed = lambda: torch.tensor([True, False])
+        >>> entries = [Entries(weight.detach(), lambda: weight.grad, removed)]
+        >>> ScaledGradients(0.5).step(lambda closure: None, None, entries)
+        >>> weight.grad
         tensor([2., 1.])
 
     References:
         [1] Vasudev, "The EarlyBird Gets the WORM", PMLR 262, 2024,
         https://arxiv.org/abs/2406.11872.
     """
-    dense: list[tuple[Tensor, Tensor]] = []
+
+    def __init__(self, truncation: float) -> None:
+        self.truncation = truncation
+        self._multipliers: list[Tensor] = []
+
+    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
+        """Scale the gradients, in a closure each time that it has computed them, and step."""
+        if not _fit(self._multipliers, entries):
+            self._multipliers[:] = [
+                torch.full_like(each.weights, self.truncation).masked_fill_(each.mask(), 1)
+                for each in entries
+            ]
+
+        def scale() -> None:
+            scale_gradients_([each.gradient() for each in entries], self._multipliers)
+
+        if closure is None:
+            scale()
+            return base_step(None)
+
+        def scaled_closure() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            scale()
+            return loss
+
+        return base_step(scaled_closure)
+
+    def clear(self) -> None:
+        """Forget the multipliers."""
+        self._multipliers.clear()
+
+
+class ScaledUpdates:
+    r"""Scale what the base optimizer does to removed entries by r.
+
+    .. math:: w \leftarrow w_\mathrm{old} + r\,(w_\mathrm{new} - w_\mathrm{old})
+
+    Unlike a scaled gradient this holds under every optimizer, its momentum, second moments and
+    weight decay included. A kept entry keeps the bits that the optimizer gave it.
+
+    Args:
+        truncation: *r*, in [0, 1].
+
+    Example:
+        >>> weight = torch.tensor([1.0, 1.0])
+        >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
+        >>> ScaledUpdates(0.25).step(lambda closure: weight.add_(1), None, entries)
+        tensor([2.0000, 1.2500])
+    """
+
+    def __init__(self, truncation: float) -> None:
+        self.truncation = truncation
+        self._masks: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
+        """Step, and go back by 1 - r of the way."""
+        weights = [each.weights for each in entries]
+        if not _fit(self._before, entries):
+            self._masks[:] = [each.mask().to(each.weights.device) for each in entries]
+            self._before[:] = [torch.empty_like(each) for each in weights]
+        with torch.no_grad():
+            torch._foreach_copy_(self._before, weights)
+        loss = base_step(closure)
+        scale_updates_(weights, self._before, self._masks, self.truncation)
+        return loss
+
+    def clear(self) -> None:
+        """Forget the masks, and the memory that old weights are kept in during a step."""
+        self._masks.clear()
+        self._before.clear()
+
+
+class HeldAtZero:
+    """Set removed entries back to zero after each step, whatever momentum and decay did to them.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 1.0])
+        >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
+        >>> HeldAtZero().step(lambda closure: weight.add_(1), None, entries)
+        tensor([2., 0.])
+    """
+
+    def __init__(self) -> None:
+        self._removed: list[Tensor] = []
+
+    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
+        """Step, and set removed entries to zero."""
+        loss = base_step(closure)
+        self.apply_(entries)
+        return loss
+
+    @torch.no_grad()
+    def apply_(self, entries: Sequence[Entries]) -> None:
+        """Set removed entries to zero, in place."""
+        if not _fit(self._removed, entries):
+            self._removed[:] = [(~each.mask()).to(each.weights.device) for each in entries]
+        for each, removed in zip(entries, self._removed, strict=True):
+            each.weights.masked_fill_(removed, 0)
+
+    def clear(self) -> None:
+        """Forget the masks."""
+        self._removed.clear()
+
+
+@torch.no_grad()
+def scale_gradients_(gradients: Sequence[Tensor | None], multipliers: Sequence[Tensor]) -> None:
+    """Multiply gradients, in place.
+
+    Args:
+        gradients: Gradients, or views of some of their entries, dense or sparse; ``None`` is passed
+            over.
+        multipliers: For each gradient a dense tensor of its shape, on its device.
+
+    Example:
+        >>> gradient = torch.tensor([2.0, 2.0])
+        >>> scale_gradients_([gradient, None], [torch.tensor([1.0, 0.5]), torch.ones(3)])
+        >>> gradient
+        tensor([2., 1.])
+    """
+    dense: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for gradient, multiplier in zip(gradients, multipliers, strict=True):
         if gradient is None:
             continue
@@ -85,141 +218,36 @@ def truncate_gradients_(
             # Scaling is linear, so values that are not yet coalesced may be scaled one by one.
             gradient._values().mul_(multiplier[tuple(gradient._indices())])
         else:
-            dense.append((gradient, multiplier))
-    (_scale_loop_ if foreach is False else _scale_foreach_)(dense)
-
-
-def _scale_loop_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """``a *= b`` for each pair."""
-    for tensor, factor in pairs:
-        tensor.mul_(factor)
-
-
-def _scale_foreach_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """``a *= b`` for all pairs of one device and dtype in one call."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for tensor, factor in pairs:
-        groups.setdefault((tensor.device, tensor.dtype), []).append((tensor, factor))
-    for group in groups.values():
-        tensors, factors = zip(*group, strict=True)
-        torch._foreach_mul_(tensors, factors)
+            alike = dense.setdefault((gradient.device, gradient.dtype), ([], []))
+            alike[0].append(gradient)
+            alike[1].append(multiplier)
+    for pair in dense.values():
+        torch._foreach_mul_(*pair)
 
 
 @torch.no_grad()
-def truncate_removed_(
-    gradients: Sequence[Tensor | None], newest: Sequence[Tensor], truncation: float | Tensor
-) -> None:
-    r"""Scale gradients as :func:`truncate_gradients_` does, with no more in memory than the masks.
-
-    Multipliers are made for some entries at a time, in the processor's cache, from the bytes in
-    which the window holds the masks; on a CUDA device a kernel reads the bytes themselves. The bits
-    are those that the multipliers of :func:`fill_multiplier_` give, but that a tensor holds *r* in
-    single precision, for double ones too.
-
-    Args:
-        gradients: Gradients, or views of the ranked part of them; ``None`` is passed over.
-        newest: For each gradient a uint8 tensor of as many entries in the same order, contiguous;
-            an entry is kept where bit 0 is 1, as in a row of
-            :func:`~torch_worm_optim.masks.new_window`.
-        truncation: *r*, in [0, 1]; or a float32 scalar on the gradients' device that holds it, for
-            a recorded CUDA graph, which reads it again at every replay.
-
-    Example:
-        >>> gradient = torch.tensor([2.0, 2.0])
-        >>> truncate_removed_([gradient], [torch.tensor([5, 4], dtype=torch.uint8)], 0.5)
-        >>> gradient
-        tensor([2., 1.])
-    """
-    pieces: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for gradient, row in zip(gradients, newest, strict=True):
-        if gradient is None:
-            continue
-        if gradient.is_sparse:
-            kept = row.view(gradient.shape)[tuple(gradient._indices())] & 1
-            gradient._values().mul_(_multiplier_(kept.to(gradient.dtype.to_real()), truncation))
-        elif isinstance(truncation, Tensor) and _has_kernel(gradient, row, truncation):
-            from torch_worm_optim.truncation_kernel import scale_removed_
-
-            scale_removed_(gradient, row, truncation)
-        else:
-            kind = gradient.device, gradient.dtype.to_real()
-            pieces.setdefault(kind, []).extend(_pieces(gradient, row))
-    for (device, dtype), pairs in pieces.items():
-        most = max(row.numel() for _, row in pairs)
-        bits = torch.empty(most, dtype=torch.uint8, device=device)
-        numbers = torch.empty(most, dtype=dtype, device=device)
-        kept, multiplier = bits, numbers  # views of these, as long as the piece
-        for piece, row in pairs:
-            if len(kept) != len(row):  # most pieces have one length
-                kept, multiplier = bits[: len(row)], numbers[: len(row)]
-            multiplier.copy_(torch.bitwise_and(row, _NEWEST, out=kept))
-            piece.mul_(_multiplier_(multiplier, truncation).view_as(piece))
-
-
-def _multiplier_(kept: Tensor, truncation: float | Tensor) -> Tensor:
-    """1 where ``kept`` is 1, *r* where it is 0: the larger of the two, in place."""
-    if isinstance(truncation, Tensor):
-        return torch.maximum(kept, truncation.to(kept.dtype), out=kept)
-    return kept.clamp_(min=truncation)
-
-
-def _has_kernel(gradient: Tensor, row: Tensor, strength: Tensor) -> bool:
-    return (
-        gradient.is_cuda
-        and type(gradient) is Tensor  # a subclass may hold its numbers elsewhere
-        and gradient.device == row.device == strength.device
-        and gradient.is_contiguous()
-        and gradient.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and kernels_run(gradient.device)
-    )
-
-
-def _pieces(gradient: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A gradient and its bytes, cut where it is larger than a block: flat, or between rows."""
-    whole = gradient.view(-1) if gradient.is_contiguous() else gradient
-    if gradient.numel() <= _BLOCK or len(whole) == 1:
-        yield whole, row
-        return
-    n_pieces = -(-gradient.numel() // _BLOCK)
-    n_rows = -(-len(whole) // n_pieces)
-    yield from zip(
-        torch.split(whole, n_rows),
-        torch.split(row, n_rows * (row.numel() // len(whole))),
-        strict=True,
-    )
-
-
-@torch.no_grad()
-def truncate_updates_(
-    parameters: Sequence[Tensor],
+def scale_updates_(
+    weights: Sequence[Tensor],
     before: Sequence[Tensor],
     masks: Sequence[Tensor],
-    truncation: float | Tensor,
+    truncation: float,
 ) -> None:
-    r"""Scale what an optimizer did to to-be-pruned entries by r, in place.
-
-    .. math:: w \leftarrow w_\mathrm{old} + r\,(w_\mathrm{new} - w_\mathrm{old})
-
-    on removed entries. Unlike a scaled gradient this holds under every optimizer, its momentum,
-    second moments and weight decay included. A kept entry keeps the bits that the optimizer gave
-    it.
+    """Take removed entries back to where they were, but for a share of the way, in place.
 
     Args:
-        parameters: Parameters after the optimizer's step, or views of the ranked part; modified in
-            place.
-        before: The same entries as they were before it; overwritten, they are not needed any more.
-        masks: For each parameter a bool mask of its shape, **True = kept**.
-        truncation: *r*, in [0, 1], or a scalar tensor that holds it.
+        weights: Parameters after the optimizer's step, or views of some of their entries.
+        before: The same entries as they were before it; overwritten.
+        masks: For each a bool mask of its shape, **True = kept**.
+        truncation: The share *r* of the way that is left, in [0, 1].
 
     Example:
-        >>> parameter, before = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
-        >>> truncate_updates_([parameter], [before], [torch.tensor([True, False])], 0.25)
-        >>> parameter
+        >>> weight, before = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> scale_updates_([weight], [before], [torch.tensor([True, False])], 0.25)
+        >>> weight
         tensor([2.0000, 1.2500])
     """
-    for parameter, old, mask in zip(parameters, before, masks, strict=True):
-        share = truncation.to(old.dtype) if isinstance(truncation, Tensor) else truncation
-        torch.where(mask, parameter, old.lerp_(parameter, share), out=parameter)
+    for weight, old, mask in zip(weights, before, masks, strict=True):
+        torch.where(mask, weight, old.lerp_(weight, truncation), out=weight)
 
 
 def is_normalising(optimizer: Optimizer) -> bool:
@@ -242,3 +270,13 @@ def is_normalising(optimizer: Optimizer) -> bool:
         False
     """
     return any(_NORMALISING.search(kind.__name__) for kind in type(optimizer).__mro__)
+
+
+def _fit(tensors: Sequence[Tensor], entries: Sequence[Entries]) -> bool:
+    """Whether there is a tensor for each parameter's entries, made for what they are now."""
+    return len(tensors) == len(entries) and all(
+        tensor.shape == each.weights.shape
+        and tensor.device == each.weights.device
+        and tensor.dtype in (torch.bool, each.weights.dtype)
+        for tensor, each in zip(tensors, entries, strict=True)
+    )

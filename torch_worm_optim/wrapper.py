@@ -1,4 +1,4 @@
-"""How to hold another optimizer so that nothing which holds an optimizer can tell the difference.
+"""An optimizer that is another one, as far as anything that uses an optimizer can tell.
 
 Schedulers, gradient scalers, trainers and checkpointers check for ``torch.optim.Optimizer``, call
 private hooks, copy, pickle and replace methods. All that they expect of a wrapper is in this file,
@@ -19,7 +19,7 @@ Closure = Callable[[], Any]
 
 
 class OptimizerWrapper(Optimizer):
-    """An optimizer that is another one, until a subclass says otherwise.
+    """An optimizer that shares all it has with another one. A subclass defines ``step``.
 
     Args:
         base_optim (Optimizer): The optimizer to wrap; ``param_groups``, ``state`` and ``defaults``
@@ -65,6 +65,10 @@ class OptimizerWrapper(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """What only the base optimizer has, such as ``train`` of schedule-free ones."""
+        if hasattr(type(self), name):
+            # Python asks here, too, after a property has raised AttributeError. Asked again, the
+            # property raises its own message, not one about the base optimizer.
+            return object.__getattribute__(self, name)
         # Private names stay private: GradScaler would hand its scale to a wrapper that shows a
         # fused base's `_step_supports_amp_scaling`, and the fused base would never see it.
         if name.startswith("_") or "base_optim" not in self.__dict__:
@@ -83,20 +87,12 @@ class OptimizerWrapper(Optimizer):
             if key != "step" and not key.endswith("_hooks")
         }
 
-    def step(self, closure: Closure | None = None) -> Any:
-        """Take one step of the base optimizer.
-
-        Args:
-            closure (Callable, optional): Evaluates the model and returns the loss.
-
-        Returns:
-            What the base optimizer's step returns.
-        """
-        return self._step_base(closure)
-
-    def _step_base(self, closure: Closure | None) -> Any:
+    def _step_base(self, closure: Closure | None, **kwargs: Any) -> Any:
+        """Take one step of the base optimizer; returns what that returns."""
+        # Some optimizers' step takes no closure at all.
+        args = () if closure is None else (closure,)
         with _global_hooks_skipping(self.base_optim):
-            return self.base_optim.step() if closure is None else self.base_optim.step(closure)
+            return self.base_optim.step(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
@@ -107,17 +103,37 @@ class OptimizerWrapper(Optimizer):
         self.base_optim.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's ``state_dict`` after :meth:`_save`, with this optimizer's hooks."""
+        """The base optimizer's state, and what the wrapper has to remember beside it.
+
+        It loads with ``torch.load(weights_only=True)``, and into the plain base optimizer too.
+
+        Returns:
+            A dict with ``"state"`` and ``"param_groups"``, as every torch optimizer's.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self._save(self.base_optim.state_dict())
+        state_dict = self._with_own_state(self.base_optim.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give :meth:`_load` a ``state_dict``, with this optimizer's hooks."""
+        """Go on from a checkpoint as if training had never stopped.
+
+        A checkpoint of the plain base optimizer loads too: then the wrapper starts afresh. For a
+        search, what its masks depend on (the representatives with their followers and parts,
+        ``prune_ratio``, ``scope``, ``min_keep``, ``window``) must be as it was; thresholds,
+        ``truncation`` and cadence are those of this optimizer.
+
+        Args:
+            state_dict (dict): What :meth:`state_dict` returned.
+
+        Raises:
+            TypeError: If it is not a dict.
+            ValueError: If it is truncated, or saved for other parameters or other masks; optimizer
+                and search are left as they were.
+        """
         if not isinstance(state_dict, dict):
             raise TypeError(f"`state_dict` must be a dict, got {type(state_dict).__name__}.")
         state_dict = state_dict.copy()
@@ -128,16 +144,16 @@ class OptimizerWrapper(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _with_own_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What to save, given what the base optimizer saves."""
-        return state_dict
+        raise NotImplementedError
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        """Load what was saved."""
-        self.base_optim.load_state_dict(state_dict)
+        """Load what was saved, into the base optimizer as well."""
+        raise NotImplementedError
 
     def _only_initialises_state(self) -> bool:
-        """Whether a step now would be there only to create the base optimizer's state.
+        """Whether a step taken now would only create the base optimizer's state.
 
         torch.distributed.checkpoint takes one with learning rate 0 and zero gradients before it
         saves or loads. A warm-up from 0 has gradients, and is a step.
@@ -155,10 +171,10 @@ class OptimizerWrapper(Optimizer):
 
 @contextlib.contextmanager
 def _global_hooks_skipping(base: Optimizer) -> Iterator[None]:
-    """Let the hooks of all optimizers pass over ``base``: they see this step at the wrapper.
+    """Let the global step hooks pass over ``base``: they have seen this step at the wrapper.
 
-    The hooks themselves are exchanged, and not taken out, so that they still fire for another
-    optimizer that steps meanwhile, and may be removed meanwhile.
+    The hooks are exchanged, not taken out, so that they still fire for another optimizer that steps
+    meanwhile, and may be removed meanwhile.
     """
 
     def skipping(hook: Callable[..., Any]) -> Callable[..., Any]:

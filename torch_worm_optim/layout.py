@@ -1,0 +1,286 @@
+"""Where the ranked entries and their followers are now.
+
+Parameters are looked up by name at every use: sharding, ``module.to()``, ``swap_tensors`` and
+``convert_sync_batchnorm`` put new parameters and modules in the places of old ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_worm_optim.selectors import Representative
+from torch_worm_optim.selectors.selection import check_visible
+from torch_worm_optim.sharding import (
+    Shard,
+    as_dtensor_like,
+    is_dtensor,
+    local_part_of,
+    local_tensor,
+    ranked_indices,
+    reshard_,
+    shard_of,
+    sharded_alike,
+)
+from torch_worm_optim.truncation import Entries
+from torch_worm_optim.units import expand_mask, unit_magnitudes
+
+
+class Layout:
+    """The entries that masks rank and apply to, in a model's parameters on this rank.
+
+    Args:
+        model: The model.
+        representatives: What a selector found in it, checked.
+        optimizer: The base optimizer, which trains the parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, representatives: Sequence[Representative], optimizer: Optimizer
+    ) -> None:
+        self.model, self.representatives, self.optimizer = model, representatives, optimizer
+        self._shards: dict[int, Shard] = {}  # of representatives, by index
+        self._shard_of_parameter: dict[str, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the shards, which hold process groups and are found again."""
+        return {**self.__dict__, "_shards": {}, "_shard_of_parameter": {}}
+
+    def parameter(self, name: str) -> Tensor:
+        """The parameter of that name.
+
+        Raises:
+            RuntimeError: If it is computed from another one now.
+        """
+        parameter: Tensor = attrgetter(name)(self.model)
+        shard = self._shard_of_parameter.get(name)
+        if shard is not None and not shard.matches(parameter):
+            # After a forward pass without a backward FSDP leaves the whole parameter there.
+            reshard_(self.model)
+            parameter = attrgetter(name)(self.model)
+        if type(parameter) is Tensor:
+            raise RuntimeError(
+                f"{name!r} is no parameter any more but computed from another, as "
+                "torch.nn.utils.prune and parametrize make it, so nothing that is done to it "
+                "lasts. Reparametrise before WormOptimizer is built and select what it is computed "
+                "from, or make it a parameter again with torch.nn.utils.prune.remove() or "
+                "parametrize.remove_parametrizations()."
+            )
+        return parameter
+
+    def shards(self) -> list[Shard | None]:
+        """For each representative how it is split over ranks; None if this rank has all of it.
+
+        Raises:
+            RuntimeError: If it is split in a way that is not supported, in another way than before
+                or than its followers, or into parameters that the base optimizer does not own.
+        """
+        return [self._shard(index) for index in range(len(self.representatives))]
+
+    def _shard(self, index: int) -> Shard | None:
+        """How one representative is split over ranks."""
+        representative = self.representatives[index]
+        parameter = self.parameter(representative.name)
+        if not is_dtensor(parameter):
+            return None
+        known = self._shards.get(index)
+        if known is not None and known.matches(parameter):
+            return known
+        if known is not None:
+            raise RuntimeError(
+                f"{representative.name!r} is sharded in another way than before. Save a checkpoint "
+                "before sharding anew, build WormOptimizer anew, and load the checkpoint."
+            )
+        shard = shard_of(representative.ranked[0], parameter)
+        if shard is None:
+            return None
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if id(parameter) not in owned:
+            raise RuntimeError(
+                f"{representative.name!r} was sharded after the base optimizer was built, which "
+                "still holds the parameter that it was before. Build the optimizer after sharding, "
+                "or put the new parameters into its `param_groups`."
+            )
+        for part in representative.reached:
+            if not sharded_alike(self.parameter(part.name), parameter):
+                raise RuntimeError(
+                    f"{part.name!r} goes with {representative.name!r}, and is not sharded in the "
+                    "same way. Shard both alike, or select without followers."
+                )
+            self._shard_of_parameter[part.name] = shard
+        self._shards[index] = shard
+        return shard
+
+    def numels(self) -> list[int]:
+        """How many entries or units each representative has, on all ranks together."""
+        return [self._numel(each) for each in self.representatives]
+
+    def _numel(self, representative: Representative) -> int:
+        """How many entries or units one representative has, on all ranks together."""
+        parameter = self.parameter(representative.name)
+        if representative.units or not is_dtensor(parameter):
+            return representative.n_units(parameter)
+        indices = ranked_indices(representative.ranked[0], tuple(parameter.shape))
+        return math.prod(len(each) for each in indices)
+
+    def local_numels(self) -> list[int]:
+        """How many entries or units of each representative this rank has."""
+        return [
+            self._numel(representative) if shard is None else shard.local_numel
+            for representative, shard in zip(self.representatives, self.shards(), strict=True)
+        ]
+
+    def scores(self) -> dict[str, Tensor]:
+        """What is ranked, by what to call it in a message: entries, or the magnitudes of units."""
+        scores: dict[str, Tensor] = {}
+        for index, (representative, shard) in enumerate(
+            zip(self.representatives, self.shards(), strict=True)
+        ):
+            label = " and ".join(dict.fromkeys(part.name for part in representative.ranked))
+            if label in scores:  # two representatives may be parts of one parameter
+                label = f"{label} (representative {index})"
+            parameter = self.parameter(representative.name)
+            check_visible(representative.name, parameter)
+            if shard is not None:
+                scores[label] = shard.ranked(local_tensor(parameter))
+                continue
+            parts = [
+                (part.entries(local_tensor(self.parameter(part.name))), part.units)
+                for part in representative.ranked
+            ]
+            scores[label] = unit_magnitudes(parts) if representative.units else parts[0][0]
+        return scores
+
+    def targets(self) -> list[Target]:
+        """Every part of a parameter that a mask applies to, followers included."""
+        return [
+            Target(index, part, self.parameter(part.name), shard)
+            for index, (representative, shard) in enumerate(
+                zip(self.representatives, self.shards(), strict=True)
+            )
+            for part in representative.reached
+        ]
+
+    def parameter_masks(self, masks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The masks of representatives in the shape of their parameters, by name.
+
+        Args:
+            masks: For each representative the mask of its entries or units on this rank.
+
+        Returns:
+            Bool tensors, DTensors for parameters that are DTensors; entries that are not ranked are
+            True.
+        """
+        full: dict[str, Tensor] = {}
+        for representative, shard, mask in zip(
+            self.representatives, self.shards(), masks, strict=True
+        ):
+            for part in representative.ranked:
+                parameter = local_tensor(self.parameter(part.name))
+                if part.name not in full:
+                    full[part.name] = torch.ones_like(parameter, dtype=torch.bool)
+                _write(part, shard, mask, full[part.name])
+        return {name: as_dtensor_like(self.parameter(name), mask) for name, mask in full.items()}
+
+    def parameter_bytes(self, rows: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """What a window holds of each representative, in the shape of its parameter.
+
+        Representatives that are parts of one parameter share their tensors.
+
+        Args:
+            rows: For each representative flat tensors of its entries on this rank.
+
+        Returns:
+            For each representative as many tensors; those of units, which have no place of their
+            own in a parameter, as they were.
+        """
+        placed: dict[str, list[Tensor]] = {}
+        for representative, shard, own in zip(
+            self.representatives, self.shards(), rows, strict=True
+        ):
+            if representative.units:
+                continue
+            parameter = local_tensor(self.parameter(representative.name))
+            if representative.name not in placed:
+                zeros = torch.zeros_like(parameter, dtype=torch.uint8)
+                placed[representative.name] = [zeros.clone() for _ in own]
+            for row, full in zip(own, placed[representative.name], strict=True):
+                _write(representative.ranked[0], shard, row, full)
+        for name, full_rows in placed.items():
+            parameter = self.parameter(name)
+            full_rows[:] = [as_dtensor_like(parameter, row) for row in full_rows]
+        return [
+            list(own) if representative.units else placed[representative.name]
+            for representative, own in zip(self.representatives, rows, strict=True)
+        ]
+
+    def entries_of(self, index: int, full: Tensor) -> Tensor:
+        """The flat entries of one representative on this rank, from its parameter's shape.
+
+        Args:
+            index: Which representative.
+            full: A tensor of the shape of its parameter, plain or a DTensor sharded in any way.
+        """
+        representative, shard = self.representatives[index], self._shard(index)
+        if representative.units:
+            return full
+        part = local_part_of(full, like=self.parameter(representative.name))
+        entries = representative.entries(part) if shard is None else shard.ranked(part)
+        return entries.reshape(-1)
+
+
+class Target(NamedTuple):
+    """A part of a parameter that a mask applies to.
+
+    Attributes:
+        owner: The index of the representative that it belongs to.
+        part: Where its entries are in the parameter.
+        parameter: The parameter.
+        shard: How the representative is split over ranks; None if this rank has all of it.
+    """
+
+    owner: int
+    part: Representative
+    parameter: Tensor
+    shard: Shard | None
+
+    def entries(self, masks: Callable[[], Sequence[Tensor]]) -> Entries:
+        """The entries with their gradient and their mask, given what returns the newest masks."""
+        return Entries(self._view(self.parameter), self._gradient, lambda: self._mask(masks()))
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        """Of the parameter or its gradient what a mask applies to on this rank."""
+        local = local_tensor(tensor)
+        return self.part.entries(local) if self.shard is None else self.shard.masked(local)
+
+    def _gradient(self) -> Tensor | None:
+        """The same view of the gradient."""
+        return None if self.parameter.grad is None else self._view(self.parameter.grad)
+
+    def _mask(self, masks: Sequence[Tensor]) -> Tensor:
+        """The mask in the shape of the view, on the parameter's device."""
+        view = self._view(self.parameter)
+        mask = masks[self.owner].to(view.device)
+        if self.shard is None:
+            return expand_mask(mask, self.part.units, view.shape)
+        if self.shard.slices is not None:
+            return mask.view(view.shape)
+        full = torch.ones_like(view, dtype=torch.bool)
+        self.shard.write(mask, full)
+        return full
+
+
+def _write(part: Representative, shard: Shard | None, values: Tensor, full: Tensor) -> None:
+    """Write values of a representative's entries or units to their places in a parameter."""
+    values = values.to(full.device)
+    if shard is not None:
+        shard.write(values, full)
+    else:
+        entries = part.entries(full)
+        entries.copy_(expand_mask(values, part.units, entries.shape))
