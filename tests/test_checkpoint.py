@@ -292,6 +292,38 @@ def test_loading_while_truncating_truncates_by_the_loaded_mask():
     assert torch.equal(model[1].weight.detach() == before, ~mask)
 
 
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_loading_replaces_all_that_came_from_the_masks_before(truncate, pruned):
+    """What steps derived from the newest mask they derive anew from the one that is loaded."""
+    options = {"truncation": 0.0, "trigger": "always", "truncate": truncate}
+    options |= {"sample_every": None, "stopping_point": 1.0 if pruned else 0.0, "window": 2}
+    options |= {"selector": lambda _: [Representative("1.weight")]}
+    runs = []
+    for flip in (False, True):
+        model, opt = build("SGD", **options)
+        with torch.no_grad():
+            model[1].weight.copy_(torch.arange(8.0, 0.0, -1.0) if flip else torch.arange(1.0, 9.0))
+        opt.sample(), opt.sample()
+        if pruned:
+            opt.prune()
+        train(model, opt, range(2))
+        runs.append((model, opt, copy.deepcopy(opt.state_dict())))
+    (model, opt, _), (_, other, saved) = runs
+    mask = other.candidate_mask["1.weight"]
+    assert not torch.equal(mask, opt.candidate_mask["1.weight"])
+
+    opt.load_state_dict(saved)
+    nn.init.uniform_(model[1].weight, 1.0, 2.0)
+    before = model[1].weight.detach().clone()
+    train(model, opt, range(2, 3))
+
+    assert torch.equal(opt.candidate_mask["1.weight"], mask)
+    after = model[1].weight.detach()
+    assert torch.equal(after[~mask], torch.zeros(4) if pruned else before[~mask])
+    assert not (after[mask] == before[mask]).any()
+
+
 def test_a_checkpoint_of_another_model_is_refused():
     """Another width is another search, even where the base optimizer would not notice."""
     _, opt = build()

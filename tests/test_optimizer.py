@@ -487,19 +487,144 @@ def test_modules_that_were_replaced_are_found(phase):
     assert torch.equal(model[1].weight.detach() == before, ~mask)
 
 
-@pytest.mark.parametrize("n_equal", [2, 3])
+@pytest.mark.parametrize("n_equal", [50, 51])
 def test_more_than_a_twentieth_must_tie_for_a_warning(n_equal):
-    """Two of forty entries are 5%, which is not more than 5%; three are."""
-    model = nn.BatchNorm1d(40)
+    """Fifty of a thousand entries are 5 %, which is not more than 5 %; fifty-one are."""
+    model = nn.BatchNorm1d(1000)
     with torch.no_grad():
-        model.weight.copy_(torch.arange(1.0, 41.0))
-        model.weight[19 : 19 + n_equal] = 20.0
+        model.weight.copy_(torch.arange(1.0, 1001.0))
+        model.weight[480 : 480 + n_equal] = 500.0
     opt = WormOptimizer(torch.optim.SGD(model.parameters()), model, sample_every=None)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         opt.sample()
-    assert len(caught) == (n_equal == 3)
+    assert len(caught) == (n_equal == 51)
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_a_search_with_sparse_gradients_is_that_with_dense_ones(truncate):
+    """Rows that are looked up are truncated by the newest mask, whatever those before it were."""
+    runs = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Embedding(9, 4, sparse=sparse)
+        opt = WormOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.5),
+            model,
+            ParameterSelector("*"),
+            sample_every=1,
+            stopping_point=0.0,
+            trigger="always",
+            truncation=0.25,  # an exact factor, so that bits do not depend on when rows are added
+            truncate=truncate,
+        )
+        masks = []
+        for step in range(12):
+            opt.zero_grad()
+            rows = torch.tensor([step % 9, 3, 3, (step * 5) % 9])
+            (model(rows) * torch.arange(16.0).view(4, 4).cos()).sum().backward()
+            opt.step()
+            masks.append(opt.candidate_mask["weight"])
+        assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 3
+        runs.append((model.weight.detach(), opt.history))
+
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+def test_a_step_is_not_captured_in_a_cuda_graph(monkeypatch):
+    """A replay would run no search; the error says what to capture, and nothing has changed."""
+    model, opt = wrapped()
+    loss_of(model, 0).backward()
+    before = weights_of(model)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    with pytest.raises(
+        RuntimeError, match="Capture forward and backward, and call step\\(\\) after"
+    ):
+        opt.step()
+
+    assert same(before, weights_of(model))
+    assert opt.state_dict()["param_groups"][0]["worm"]["step"] == 0
+
+
+def test_pruning_that_fails_leaves_everything_as_it_was():
+    """A layer that was cut by another tool stops prune(); put back, the ticket is applied."""
+    model, opt = at_phase(Phase.CONVERGED)
+    before, old = weights_of(model), model[4]
+    model[4] = nn.BatchNorm2d(5)
+
+    with pytest.raises(RuntimeError, match="have other shapes"):
+        opt.prune()
+
+    model[4] = old
+    assert opt.phase is Phase.CONVERGED
+    assert same(before, weights_of(model))
+    opt.prune()
+    assert opt.phase is Phase.PRUNED
+    for name, mask in opt.final_mask.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask)
+
+
+def test_an_error_inside_a_property_is_not_the_bases():
+    """A module that is gone is named, not the base optimizer, which never had a ticket."""
+    model, opt = at_phase(Phase.CONVERGED)
+    model[4] = nn.Identity()
+
+    with pytest.raises(AttributeError, match="'Identity' object has no attribute 'weight'"):
+        _ = opt.final_mask
+
+
+@pytest.mark.parametrize("phase", [Phase.SEARCHING, Phase.TRUNCATING, Phase.PRUNED])
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_further_arguments_of_step_reach_the_base(phase, truncate):
+    """Second-order optimizers take their curvature as an argument of step()."""
+
+    class SecondOrder(torch.optim.SGD):
+        def step(self, closure=None, *, hessian=None):
+            seen.append(hessian)
+            return super().step(closure)
+
+    seen = []
+    model = small_cnn()
+    base = SecondOrder(model.parameters(), lr=0.1)
+    opt = WormOptimizer(
+        base, model, window=2, sample_every=None, truncate=truncate, trigger="always"
+    )
+    loss_of(model, 0).backward()
+    opt.step(hessian="first")
+    if phase is not Phase.SEARCHING:
+        opt.sample()
+    if phase is Phase.PRUNED:
+        opt.sample(), opt.prune()
+    assert opt.phase is phase
+    opt.step(hessian="second")
+    opt.step(lambda: 1.0, hessian="third")
+
+    assert seen == ["first", "second", "third"]
+
+
+def test_warnings_point_at_the_users_line():
+    """Whoever reads a warning sees a line of their own, however deep it came up."""
+    model = small_cnn()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adam = WormOptimizer(torch.optim.Adam(model.parameters()), model, sample_every=1)
+        torch.optim.lr_scheduler.StepLR(adam, 1)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in (*SCALES, *SHIFTS))
+        other = WormOptimizer(
+            torch.optim.SGD(model.parameters()), model, trigger="always", sample_every=1
+        )
+        for _ in range(2):
+            loss_of(model, 0).backward()
+            other.step()
+
+    topics = ("normalises gradients", "tie for the mask", "has a gradient")
+    assert [sum(topic in str(each.message) for each in caught) for topic in topics] == [1, 1, 1]
+    assert {each.filename for each in caught} == {__file__}
 
 
 class _Recorder(TorchDispatchMode):

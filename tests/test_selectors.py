@@ -88,6 +88,16 @@ def test_parameters_are_selected_by_glob_regex_or_predicate():
         ParameterSelector(3)
 
 
+def test_a_regular_expression_must_match_the_whole_name():
+    """Part of a name is another layer's whole one."""
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(11)])
+
+    assert names(ParameterSelector(re.compile(r"0\.weight")), model) == ["0.weight"]
+    for part in (r"\d", "weight", r"0\.weigh"):
+        with pytest.raises(ValueError, match="matched no parameter"):
+            ParameterSelector(re.compile(part))(model)
+
+
 @given(st.lists(st.sampled_from(PREFIXES), max_size=3), st.sampled_from(["a.weight", "w"]))
 def test_names_lose_what_wrappers_add_and_nothing_else(prefixes, name):
     """Any stack of wrapper prefixes in front of a name is taken off."""
@@ -418,6 +428,7 @@ def wrap(selector, model=None, parameters=None):
             for part in (
                 (slice(0, 9),),  # past the end of 8 rows
                 (slice(2, 2),),
+                (slice(-2, None),),  # as many rows as they say, but counted from the other end
                 (slice(0, 0),),
                 ([0, 1],),  # a copy, not a view
                 (slice(None),) * 5,

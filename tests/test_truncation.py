@@ -179,7 +179,10 @@ def test_a_ticket_fits_a_model_that_is_wrapped_otherwise():
             *("NovoGrad", "NvNovoGrad", "MADGRAD", "Mars", "AdEMAMix", "Ranger21", "Tiger"),
         )
     ]
-    + [(name, False) for name in ("LambdaSGD", "DesignedSGD", "CanadaSGD", "SGDP", "Lookahead")],
+    + [
+        (name, False)
+        for name in ("LambdaSGD", "DesignedSGD", "CanadaSGD", "SGDP", "Lookahead", "SGDMars")
+    ],
 )
 def test_names_of_normalising_optimizers_are_told_from_others(name, expected):
     """A name that only holds the letters of another is not taken for it."""

@@ -31,7 +31,7 @@ _SAMPLE = 1 << 18
 _STANDARD_DEVIATIONS = 4
 # The bracket may hold this share of the entries; so many equal ones are found by counting instead,
 # since their positions would take eight bytes each.
-_LARGEST_BRACKET = 1 / 64
+_LARGEST_BRACKET = 1 / 32
 
 
 class Mask(NamedTuple):
@@ -353,7 +353,7 @@ def _keep_above_sampled_bracket(group: _Group, count: int) -> Mask | None:
     low, high = _bracket(group, count)
     kept = np.empty(group.n, dtype=bool)
     inside, indices = [], []
-    n_left = max(group.n * _LARGEST_BRACKET, _HOST_CHUNK)
+    n_left = group.n if group.n < 2 * _SAMPLE else group.n * _LARGEST_BRACKET
     for start, chunk in group.chunks():
         keys = chunk.numpy()
         if group.spared is None and keys.size and keys.max() >= group.infinity:
@@ -382,9 +382,9 @@ def _keep_above_sampled_bracket(group: _Group, count: int) -> Mask | None:
 def _bracket(group: _Group, rank: int) -> tuple[int, int]:
     """Two keys that most likely have the `rank`-th lowest between them."""
     lowest, highest = 0, group.infinity - 1
-    stride = group.n // _SAMPLE
-    if stride < 2:
+    if group.n < 2 * _SAMPLE:
         return lowest, highest
+    stride = group.n // _SAMPLE
     # Rows of matrices mostly have lengths of small factors. A stride that shares one with them
     # would see the same few columns of all rows.
     while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
