@@ -12,6 +12,7 @@ counts alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -216,11 +217,17 @@ class _Group:
         self.infinity = int(torch.tensor(math.inf, dtype=dtype, device="cpu").view(self.key_dtype))
         self.numels = [layer.entries.numel() for layer in layers]
         self.n = sum(self.numels)
-        self.spared = None
+        self.spared: Tensor | None = None
+        self.keys_of_spared: Tensor | None = None
         if spared is not None:
             offsets = accumulate(self.numels, initial=0)
             shifted = [each.to(device) + n for each, n in zip(spared, offsets, strict=False)]
             self.spared = torch.cat(shifted)
+            values = [
+                self._magnitudes(layer.entries.reshape(-1)[each])
+                for layer, each in zip(layers, spared, strict=True)
+            ]
+            self.keys_of_spared = self._keys(torch.cat(values))
 
     def chunks(self, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
         """The keys of every `stride`-th entry by chunks, each with the index where it begins."""
@@ -229,18 +236,12 @@ class _Group:
             first = -start % stride
             keys = self._keys(piece[first::stride])
             if self.spared is not None:
-                spared = self.spared_within(start, len(piece)) - first
+                ends = torch.tensor([start, start + len(piece)], device=self.device)
+                begin, end = torch.searchsorted(self.spared, ends).tolist()
+                spared = self.spared[begin:end] - start - first
                 keys[spared[spared % stride == 0] // stride] = self.spared_key
             yield start, keys
             start += len(piece)
-
-    def spared_within(self, start: int, n: int) -> Tensor:
-        """Which of `n` entries from `start` on are spared, counted from there."""
-        if self.spared is None:
-            return torch.arange(0, device=self.device)
-        ends = torch.tensor([start, start + n], device=self.device)
-        first, last = torch.searchsorted(self.spared, ends).tolist()
-        return self.spared[first:last] - start
 
     def _pieces(self) -> Iterator[Tensor]:
         """All entries as flat tensors: small ones joined, large ones cut, views if possible."""
@@ -275,13 +276,6 @@ class _Group:
         # torch would wake a second thread for each chunk.
         array = bits.numpy()
         return torch.from_numpy(array & array.dtype.type(self.spared_key))
-
-    def count(self, count_chunk: Callable[[int, Tensor], Tensor], n_counts: int) -> Tensor:
-        """The sum over chunks and over ranks of what `count_chunk` returns for a chunk."""
-        counts = torch.zeros(n_counts, dtype=torch.int64, device=self.device)
-        for start, keys in self.chunks():
-            counts += count_chunk(start, keys)
-        return self.all_reduce(counts)
 
     def all_reduce(self, counts: Tensor) -> Tensor:
         """The sum of counts over the ranks that the tensors are split over."""
@@ -375,7 +369,9 @@ def _keep_above_sampled_bracket(group: _Group, count: int) -> Mask | None:
     n_removed = rank - int(np.count_nonzero(bracketed < threshold))
     kept[where[bracketed > threshold]] = True
     kept[tied[n_removed:]] = True
-    n_tied = len(tied) + _n_spared_at(group, int(threshold))
+    n_tied = len(tied)
+    if group.keys_of_spared is not None:
+        n_tied += int(_counts([group.keys_of_spared == threshold]))
     return Mask(torch.from_numpy(kept), n_tied if n_tied > n_removed else 0)
 
 
@@ -404,19 +400,15 @@ def _keep_above_counted_threshold(
     groups: Sequence[_Group], count: int, n: int
 ) -> tuple[list[Tensor], int]:
     """For each group the mask of its entries, and how many are tied, from counts over all ranks."""
-    device, infinity = groups[0].device, groups[0].infinity
+    device = groups[0].device
 
     def n_up_to(keys: Tensor) -> Tensor:
         """How many entries have at most each of these keys."""
         keys = keys.clamp(max=groups[0].spared_key)
-        counts = [
-            group.count(lambda _, chunk: _counts([chunk <= key for key in keys]), len(keys))
-            for group in groups
-        ]
-        return torch.stack(counts).sum(0)
+        return _count(groups, lambda _group, _start, chunk: [chunk <= key for key in keys])
 
-    finite_keys = torch.tensor([infinity - 1], device=device)
-    if groups[0].spared is None and int(n_up_to(finite_keys)) < n:
+    highest_finite = torch.tensor([groups[0].infinity - 1], device=device)
+    if groups[0].spared is None and int(n_up_to(highest_finite)) < n:
         raise _not_finite([layer for group in groups for layer in group.layers])
     if count == 0:
         return [torch.ones(group.n, dtype=torch.bool, device=device) for group in groups], 0
@@ -425,34 +417,43 @@ def _keep_above_counted_threshold(
     n_below, n_reached = n_up_to(torch.stack([threshold - 1, threshold])).tolist()
     n_removed, n_tied = count - n_below, n_reached - n_below
 
-    def n_tied_up_to(last: Tensor) -> Tensor:
-        """How many of those tied have at most each of these indices among all entries."""
-        counts = []
-        for group in groups:
+    def tied_up_to(last: Tensor, group: _Group, start: int, keys: Tensor) -> list[Tensor]:
+        """Which are tied and have at most each of these indices among all entries."""
+        tied, indices = keys == threshold, group.global_indices(start, len(keys))
+        return [tied & (indices <= each) for each in last]
 
-            def count_chunk(start: int, keys: Tensor, group: _Group = group) -> Tensor:
-                tied = keys == threshold
-                indices = group.global_indices(start, len(keys))
-                return _counts([tied & (indices <= each) for each in last])
-
-            counts.append(group.count(count_chunk, len(last)))
-        return torch.stack(counts).sum(0)
-
-    last_removed = torch.tensor(n, device=device)
-    if n_removed < n_tied:
-        last_removed = _lowest_that_reaches(n_removed, n_tied_up_to, n.bit_length(), device)
-    kept = []
-    for group in groups:
-        kept.append(torch.empty(group.n, dtype=torch.bool, device=device))
+    some_tied_stay = n_removed < n_tied
+    last_removed = torch.zeros((), dtype=torch.int64, device=device)
+    if some_tied_stay:
+        last_removed = _lowest_that_reaches(
+            n_removed,
+            lambda last: _count(groups, functools.partial(tied_up_to, last)),
+            n.bit_length(),
+            device,
+        )
+    kept = [torch.empty(group.n, dtype=torch.bool, device=device) for group in groups]
+    for group, of_group in zip(groups, kept, strict=True):
         for start, keys in group.chunks():
-            stays = keys > threshold
-            if n_removed < n_tied:
-                indices = group.global_indices(start, len(keys))
-                stays |= (keys == threshold) & (indices > last_removed)
-            kept[-1][start : start + len(keys)] = stays
-    if groups[0].spared is not None:
-        n_tied += sum(_n_spared_at(group, int(threshold)) for group in groups)
+            stays = keys >= threshold if some_tied_stay else keys > threshold
+            if some_tied_stay:
+                [lost] = tied_up_to(last_removed[None], group, start, keys)
+                stays ^= lost
+            of_group[start : start + len(keys)] = stays
+    for group in groups:
+        if group.keys_of_spared is not None:
+            n_tied += int(group.all_reduce(_counts([group.keys_of_spared == threshold])))
     return kept, n_tied if n_tied > n_removed else 0
+
+
+def _count(
+    groups: Sequence[_Group], flags: Callable[[_Group, int, Tensor], list[Tensor]]
+) -> Tensor:
+    """How many are True, over all chunks, groups and ranks, in each tensor that `flags` returns."""
+    totals = []
+    for group in groups:
+        counts = [_counts(flags(group, start, keys)) for start, keys in group.chunks()]
+        totals.append(group.all_reduce(torch.stack(counts).sum(0)))
+    return torch.stack(totals).sum(0)
 
 
 def _lowest_that_reaches(
@@ -468,18 +469,6 @@ def _lowest_that_reaches(
         last_of_each = found + (steps << shift) - 1
         found = found + ((count(last_of_each) < wanted).sum() << shift)
     return found
-
-
-def _n_spared_at(group: _Group, threshold: int) -> int:
-    """How many spared entries have this key, on all ranks."""
-    if group.spared is None:
-        return 0
-    bare = _Group(group.layers, group.starts, None, group.dtype, group.device)
-
-    def count_chunk(start: int, keys: Tensor) -> Tensor:
-        return _counts([keys[group.spared_within(start, len(keys))] == threshold])
-
-    return int(bare.count(count_chunk, 1))
 
 
 def _n_kept(layers: Sequence[_Layer], kept: Tensor) -> list[int]:
