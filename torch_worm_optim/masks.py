@@ -49,7 +49,7 @@ class Mask(NamedTuple):
     n_tied: int
 
 
-class Shard(Protocol):
+class Sharding(Protocol):
     """What :func:`compute_mask` asks about a tensor of which other ranks hold a part."""
 
     @property
@@ -78,7 +78,7 @@ def compute_mask(
     *,
     scope: str = "global",
     min_keep: int = 1,
-    shards: Sequence[Shard | None] | None = None,
+    shards: Sequence[Sharding | None] | None = None,
 ) -> Mask:
     r"""Mask that removes exactly the ``round(prune_ratio * n)`` entries of lowest magnitude.
 
@@ -156,7 +156,7 @@ def compute_mask(
     return _remove_lowest(layers, min(count, n - sum(quotas)), highest)
 
 
-def sum_over_ranks(counts: Tensor, shards: Sequence[Shard | None]) -> Tensor:
+def sum_over_ranks(counts: Tensor, shards: Sequence[Sharding | None]) -> Tensor:
     """Add up counts of several tensors, over the tensors and over the ranks that share them.
 
     Args:
@@ -183,7 +183,7 @@ class _Layer(NamedTuple):
 
     name: str
     entries: Tensor
-    shard: Shard | None
+    shard: Sharding | None
 
     @property
     def numel(self) -> int:
@@ -299,7 +299,7 @@ class _Group:
         return torch.cat(parts) if parts else torch.arange(0, device=self.device)
 
 
-def _groups(shards: Sequence[Shard | None]) -> list[list[int]]:
+def _groups(shards: Sequence[Sharding | None]) -> list[list[int]]:
     """Which tensors are split over the same ranks, by index, in the order of the first of each."""
     members: dict[Hashable, list[int]] = {}
     for index, shard in enumerate(shards):

@@ -1,13 +1,9 @@
 r"""What a step does to entries that a mask removes: truncate them, or hold them at zero.
 
 Three strategies, each one class with one method. It takes the base optimizer's step and does
-something before or after it:
-
-=======================  ==========================================================================
-:class:`ScaledGradients` scales what the base optimizer sees, the paper's formula
-:class:`ScaledUpdates`   scales what the base optimizer does
-:class:`HeldAtZero`      sets what the base optimizer moved back to zero
-=======================  ==========================================================================
+something before or after it: :class:`ScaledGradients` scales what the base optimizer sees, which is
+the paper's formula, :class:`ScaledUpdates` scales what the base optimizer does, and
+:class:`HeldAtZero` sets back to zero what the base optimizer moved.
 
 What a strategy keeps between steps is derived from the newest mask and is made anew after
 ``clear()``, and when a parameter has another shape, dtype or device than before.
