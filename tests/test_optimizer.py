@@ -343,6 +343,32 @@ def test_a_closure_is_truncated_as_gradients_are(truncate):
     assert plain.history == opt.history
 
 
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_a_mask_that_a_closure_draws_is_for_later_steps(truncate):
+    """Lightning's training_step runs in a closure, and may sample: that step keeps its own mask."""
+    options = {"truncate": truncate, "truncation": 0.0, "trigger": "always", "sample_every": None}
+    model, opt = wrapped("SGD", stopping_point=0.0, **options)
+    scale = model.get_parameter("1.weight")
+    train(model, opt, range(3))
+    opt.sample()
+    for step in range(3, 6):
+        mask, before = opt.candidate_mask["1.weight"], scale.detach().clone()
+
+        def closure(step=step):
+            opt.zero_grad()
+            loss_of(model, step).backward()
+            with torch.no_grad():
+                scale.copy_(scale.roll(3))
+            opt.sample()
+
+        opt.step(closure)
+        assert not torch.equal(mask, opt.candidate_mask["1.weight"])
+        if truncate == "gradient":
+            assert torch.equal(scale.grad != 0, mask)
+        else:
+            assert torch.equal(scale[~mask], before[~mask])
+
+
 def test_a_closure_runs_with_gradients_enabled():
     """A base that leaves gradients off around its closure gets gradients all the same."""
 

@@ -93,13 +93,14 @@ class ScaledGradients:
     def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
         """Scale the gradients, in a closure each time that it has computed them, and step."""
         if not _fit(self._multipliers, entries):
-            self._multipliers[:] = [
+            self._multipliers = [
                 torch.full_like(each.weights, self.truncation).masked_fill_(each.mask(), 1)
                 for each in entries
             ]
+        multipliers = self._multipliers  # A closure may draw a mask, which is for later steps.
 
         def scale() -> None:
-            scale_gradients_([each.gradient() for each in entries], self._multipliers)
+            scale_gradients_([each.gradient() for each in entries], multipliers)
 
         if closure is None:
             scale()
@@ -115,7 +116,7 @@ class ScaledGradients:
 
     def clear(self) -> None:
         """Forget the multipliers."""
-        self._multipliers.clear()
+        self._multipliers = []
 
 
 class ScaledUpdates:
@@ -145,18 +146,18 @@ class ScaledUpdates:
         """Step, and go back by 1 - r of the way."""
         weights = [each.weights for each in entries]
         if not _fit(self._before, entries):
-            self._masks[:] = [each.mask().to(each.weights.device) for each in entries]
-            self._before[:] = [torch.empty_like(each) for each in weights]
+            self._masks = [each.mask().to(each.weights.device) for each in entries]
+            self._before = [torch.empty_like(each) for each in weights]
+        before, masks = self._before, self._masks  # as they are now, whatever a closure does
         with torch.no_grad():
-            torch._foreach_copy_(self._before, weights)
+            torch._foreach_copy_(before, weights)
         loss = base_step(closure)
-        scale_updates_(weights, self._before, self._masks, self.truncation)
+        scale_updates_(weights, before, masks, self.truncation)
         return loss
 
     def clear(self) -> None:
         """Forget the masks, and the memory that old weights are kept in during a step."""
-        self._masks.clear()
-        self._before.clear()
+        self._masks, self._before = [], []
 
 
 class HeldAtZero:
@@ -182,13 +183,13 @@ class HeldAtZero:
     def apply_(self, entries: Sequence[Entries]) -> None:
         """Set removed entries to zero, in place."""
         if not _fit(self._removed, entries):
-            self._removed[:] = [(~each.mask()).to(each.weights.device) for each in entries]
+            self._removed = [(~each.mask()).to(each.weights.device) for each in entries]
         for each, removed in zip(entries, self._removed, strict=True):
             each.weights.masked_fill_(removed, 0)
 
     def clear(self) -> None:
         """Forget the masks."""
-        self._removed.clear()
+        self._removed = []
 
 
 @torch.no_grad()
@@ -243,7 +244,9 @@ def scale_updates_(
         tensor([2.0000, 1.2500])
     """
     for weight, old, mask in zip(weights, before, masks, strict=True):
-        torch.where(mask, weight, old.lerp_(weight, truncation), out=weight)
+        # Of an infinite update no share is left, not even a share of 0, which would be NaN.
+        kept_back = old.lerp_(weight, truncation) if truncation else old
+        torch.where(mask, weight, kept_back, out=weight)
 
 
 def is_normalising(optimizer: Optimizer) -> bool:
