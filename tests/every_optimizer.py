@@ -29,8 +29,9 @@ SEARCH: dict[str, Any] = {
     "trigger": "always",
     "truncation": 0.0,
 }
-PHASES = [Phase.SEARCHING] * 2 + [Phase.TRUNCATING] * 4 + [Phase.CONVERGED, Phase.PRUNED]
-STOPS = (1, 3, 6, 7)  # one in each phase
+PHASES = [Phase.SEARCHING] * 2 + [Phase.TRUNCATING] * 4 + [Phase.CONVERGED]
+PHASES += [Phase.FADING] * 2 + [Phase.PRUNED]
+STOPS = (1, 3, 6, 8, 9)  # one in each phase
 
 # The learning rate of all; small enough for the greediest of them, large enough to see it move.
 RATE = 0.01
@@ -47,9 +48,10 @@ class Verdict(NamedTuple):
         plain: With a truncation of 1, weights and state are those of the plain optimizer, bit for
             bit, in both ways to truncate.
         gradient: With ``truncate="gradient"`` and a truncation of 0 all phases are passed; while
-            truncating, gradients of removed entries are 0; when pruned, removed entries stay 0.
+            truncating, gradients of removed entries are 0; fading, those go to 0 in two equal
+            steps; when pruned, they stay 0.
         update: With ``truncate="update"`` and a truncation of 0 all phases are passed; while
-            truncating, removed entries keep their bits; when pruned, removed entries stay 0.
+            truncating, removed entries keep their bits; fading and pruned as above.
         closure: Steps with a closure do bit for bit what steps without one do.
         resumes: Stopped in each phase and resumed from a file, a run keeps its bits.
     """
@@ -192,8 +194,8 @@ def run(
     model, opt = start(name, truncate=truncate)
     fine = True
     for step, phase in enumerate(PHASES):
-        if phase is Phase.PRUNED:
-            opt.prune()
+        if phase is Phase.FADING:
+            opt.prune(over=2)
         if step in stops:
             saved = through_a_file([model.state_dict(), opt.state_dict()])
             model, opt = start(name, truncate=truncate)
@@ -205,6 +207,12 @@ def run(
         take_step(name, model, opt, step, closures)
         if phase is Phase.TRUNCATING:
             fine = fine and is_truncated(model, mask, before, truncate)
+        if phase is Phase.FADING:
+            share = 0.5 if opt.phase is phase else 0.0
+            fine = fine and all(
+                torch.equal(model.get_parameter(key)[~kept], before[key][~kept] * share)
+                for key, kept in mask.items()
+            )
         if phase is Phase.PRUNED:
             fine = fine and is_pruned(model, mask)
     return weights_of(model), fine
@@ -246,7 +254,7 @@ def equals_plain(name: str) -> bool:
     plain_model = model_for(name)
     plain = optimizer_for(name, plain_model)
     before = weights_of(plain_model)
-    steps = range(PHASES.index(Phase.PRUNED))
+    steps = range(PHASES.index(Phase.FADING))
     for step in steps:
         take_step(name, plain_model, plain, step)
     equal = not same(before, weights_of(plain_model))
@@ -335,7 +343,8 @@ r = 1
 
 gradient, update
 : With `truncate="gradient"`, or `"update"`, and `truncation=0`: while truncating, the gradients of
-  removed entries are 0, or these entries keep their bits; once pruned, they stay zero.
+  removed entries are 0, or these entries keep their bits; fading, they go to zero in two equal
+  steps; once pruned, they stay zero.
 
 closure
 : `step(closure)` does bit for bit what a backward and `step()` do. LBFGS always needs its closure.

@@ -209,9 +209,10 @@ def trained(
     steps: int,
     after: bool = False,
     prune: bool = False,
+    over: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train, and prune after the ticket if asked."""
+    """Train, and prune after the ticket, over some steps, if asked."""
     net, opt = build(layout, which, after, **options)
     for step in range(steps):
         train(net, opt, range(step, step + 1))
@@ -220,7 +221,7 @@ def trained(
                 net.eval()(batch_of(0)[0])
             net.train()
         if prune and opt.converged and step > steps - 6:
-            opt.prune()
+            opt.prune(over)
     return outcome(net, opt)
 
 
@@ -229,10 +230,15 @@ OPTIONS |= {"stopping_point": 0.012, "window": 5}
 """A search that truncates from the first mask on, and has its ticket after some fifteen steps."""
 
 
-def saved(layout: str, which: str, steps: int, folder: str, **how: bool) -> dict[str, Any]:
-    """Train, and save with torch.distributed.checkpoint."""
+def saved(
+    layout: str, which: str, steps: int, folder: str, over: int = 0, **how: bool
+) -> dict[str, Any]:
+    """Train, prune over some steps if asked, and save with torch.distributed.checkpoint."""
     net, opt = build(layout, which, **OPTIONS)
     train(net, opt, range(steps))
+    if over:
+        opt.prune(over)
+        train(net, opt, range(steps, steps + 2))
     options = dcp_state.StateDictOptions(**how)
     state = {
         "net": dcp_state.get_model_state_dict(net, options=options),

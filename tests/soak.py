@@ -71,7 +71,7 @@ class Training:
         self.scaler.update()
         self.schedule.step()
         if self.opt.phase is Phase.CONVERGED and self.step % 7 == 0:
-            self.opt.prune()
+            self.opt.prune(over=50)
         self.step += 1
 
     def state(self) -> dict[str, object]:

@@ -42,13 +42,13 @@ def through_a_file(value):
     return torch.load(file, weights_only=True)
 
 
-def uninterrupted(base, truncate, prune_at, window):
+def uninterrupted(base, truncate, prune_at, over, window):
     """Weights, history and phase of a run that is never stopped."""
     model, opt = build(base, truncate=truncate, window=window)
     for step in range(N_STEPS):
         train(model, opt, range(step, step + 1))
         if step >= prune_at and opt.converged:
-            opt.prune()
+            opt.prune(over)
     return model, opt
 
 
@@ -58,13 +58,16 @@ def uninterrupted(base, truncate, prune_at, window):
     st.sampled_from(["gradient", "update"]),
     st.sets(st.integers(0, N_STEPS - 1), max_size=5),
     st.integers(0, N_STEPS),
+    st.sampled_from([0, 3, 20]),
     st.sampled_from([2, 4, 9]),
 )
-@example("SGD momentum", "gradient", set(range(N_STEPS)), 30, 4)
-@example("AdamW", "update", set(range(N_STEPS)), 30, 4)
-def test_stopping_and_going_on_equals_not_stopping(base, truncate, stops, prune_at, window):
+@example("SGD momentum", "gradient", set(range(N_STEPS)), 30, 0, 4)
+@example("SGD momentum", "gradient", set(range(N_STEPS)), 30, 3, 4)
+@example("AdamW", "update", set(range(N_STEPS)), 30, 0, 4)
+@example("AdamW", "update", set(range(N_STEPS)), 30, 20, 4)
+def test_stopping_and_going_on_equals_not_stopping(base, truncate, stops, prune_at, over, window):
     """At whatever points a run is saved and loaded, weights, masks and history keep their bits."""
-    twin, through = uninterrupted(base, truncate, prune_at, window)
+    twin, through = uninterrupted(base, truncate, prune_at, over, window)
 
     model, opt = build(base, truncate=truncate, window=window)
     for step in range(N_STEPS):
@@ -75,7 +78,7 @@ def test_stopping_and_going_on_equals_not_stopping(base, truncate, stops, prune_
             opt.load_state_dict(saved["opt"])
         train(model, opt, range(step, step + 1))
         if step >= prune_at and opt.converged:
-            opt.prune()
+            opt.prune(over)
 
     assert same(weights_of(twin), weights_of(model))
     assert through.history == opt.history
@@ -191,6 +194,10 @@ def spoil_distances(record):
         (lambda record: record.update(identity="{}"), "saved for other masks"),
         (spoil_text, "cannot be read"),
         (lambda record: record.update(pruned=True), "ticket is applied, and has none"),
+        (lambda record: record.update(fading_steps=2), "ticket is applied, and has none"),
+        (lambda record: record.update(fading_steps=-1), "cannot be read"),
+        (lambda record: record.update(fading_steps=None), "cannot be read"),
+        (lambda record: record.update(fading_steps=2, pruned=True), "cannot be read"),
         (spoil_window, r"no 1 tensors of shape \(12,\) for '4.weight'"),
         (spoil_rows, r"no 1 tensors of shape \(8,\) for '1.weight'"),
         (spoil_history, "cannot be read"),
@@ -218,6 +225,22 @@ def test_a_spoilt_record_is_refused_and_changes_nothing(spoil, message):
     was, now = (each["param_groups"][0]["worm"] for each in (before, after))
     was.pop("window"), now.pop("window")
     assert was == now
+
+
+def test_a_record_from_before_there_was_a_fade_loads():
+    """What it lacks is that nothing fades, whether its ticket was applied or not."""
+    for pruned in (False, True):
+        model, opt = build(stopping_point=1.0)
+        train(model, opt, range(14))
+        if pruned:
+            opt.prune()
+        saved = through_a_file(opt.state_dict())
+        del saved["param_groups"][0]["worm"]["fading_steps"]
+        _, other = build(stopping_point=1.0)
+        other.load_state_dict(saved)
+
+        assert other.phase is opt.phase is (Phase.PRUNED if pruned else Phase.CONVERGED)
+        assert other.history == opt.history
 
 
 @pytest.mark.parametrize("key", ["state", "param_groups"])
@@ -293,11 +316,12 @@ def test_loading_while_truncating_truncates_by_the_loaded_mask():
 
 
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
-@pytest.mark.parametrize("pruned", [False, True])
-def test_loading_replaces_all_that_came_from_the_masks_before(truncate, pruned):
+@pytest.mark.parametrize("phase", [Phase.TRUNCATING, Phase.FADING, Phase.PRUNED])
+def test_loading_replaces_all_that_came_from_the_masks_before(truncate, phase):
     """What steps derived from the newest mask they derive anew from the one that is loaded."""
     options = {"truncation": 0.0, "trigger": "always", "truncate": truncate}
-    options |= {"sample_every": None, "stopping_point": 1.0 if pruned else 0.0, "window": 2}
+    converges = phase is not Phase.TRUNCATING
+    options |= {"sample_every": None, "stopping_point": float(converges), "window": 2}
     options |= {"selector": lambda _: [Representative("1.weight")]}
     runs = []
     for flip in (False, True):
@@ -305,8 +329,8 @@ def test_loading_replaces_all_that_came_from_the_masks_before(truncate, pruned):
         with torch.no_grad():
             model[1].weight.copy_(torch.arange(8.0, 0.0, -1.0) if flip else torch.arange(1.0, 9.0))
         opt.sample(), opt.sample()
-        if pruned:
-            opt.prune()
+        if converges:
+            opt.prune(over=6 if phase is Phase.FADING else 0)
         train(model, opt, range(2))
         runs.append((model, opt, copy.deepcopy(opt.state_dict())))
     (model, opt, _), (_, other, saved) = runs
@@ -320,7 +344,9 @@ def test_loading_replaces_all_that_came_from_the_masks_before(truncate, pruned):
 
     assert torch.equal(opt.candidate_mask["1.weight"], mask)
     after = model[1].weight.detach()
-    assert torch.equal(after[~mask], torch.zeros(4) if pruned else before[~mask])
+    share = {Phase.TRUNCATING: 1.0, Phase.FADING: 0.75, Phase.PRUNED: 0.0}[phase]
+    assert opt.phase is phase
+    assert torch.equal(after[~mask], before[~mask] * share)
     assert not (after[mask] == before[mask]).any()
 
 
@@ -355,14 +381,18 @@ def copied(pair, how):
 @pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")
 @pytest.mark.parametrize("with_scheduler", [False, True])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_goes_its_own_way(how, with_scheduler):
+@pytest.mark.parametrize("fading", [False, True])
+def test_a_copy_goes_its_own_way(how, with_scheduler, fading):
     """A copy of model and optimizer trains the copy, as the original would, and leaves it alone."""
-    model, opt = build()
+    model, opt = build(stopping_point=1.0 if fading else 0.06)
     if with_scheduler:
         torch.optim.lr_scheduler.StepLR(opt, 1000)
     steps = []
     opt.register_step_post_hook(lambda *_: steps.append(1))
-    train(model, opt, range(14))
+    train(model, opt, range(12))
+    if fading:
+        opt.prune(over=10)
+    train(model, opt, range(12, 14))
 
     other_model, other = copied((model, opt), how)
     before = weights_of(model)
@@ -373,6 +403,8 @@ def test_a_copy_goes_its_own_way(how, with_scheduler):
     train(model, opt, range(14, N_STEPS))
     assert same(weights_of(model), weights_of(other_model))
     assert opt.history == other.history
+    assert opt.phase is other.phase
+    assert (opt.phase is Phase.PRUNED) == fading
 
 
 def test_a_search_over_units_resumes():

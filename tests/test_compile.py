@@ -70,7 +70,7 @@ def train(compiled, base="SGD momentum", scheduled=False, **options):
             scheduler.step()
         phases.append(opt.phase)
         if step == PRUNED_AFTER:
-            opt.prune()
+            opt.prune(over=2)
     assert list(dict.fromkeys(phases)) == list(Phase)
     return weights_of(model), opt.history
 

@@ -250,9 +250,11 @@ def test_pruning_before_the_ticket_raises():
     model, opt = wrapped()
     before = weights_of(model)
 
-    with pytest.raises(RuntimeError, match="no ticket to prune with yet: the search is searching"):
-        opt.prune()
+    for over in (0, 3):
+        with pytest.raises(RuntimeError, match="no ticket to prune with yet: the search is sear"):
+            opt.prune(over)
 
+    assert opt.phase is Phase.SEARCHING
     assert same(before, weights_of(model))
 
 
@@ -576,19 +578,21 @@ def test_a_step_is_not_captured_in_a_cuda_graph(monkeypatch):
     assert opt.state_dict()["param_groups"][0]["worm"]["step"] == 0
 
 
-def test_pruning_that_fails_leaves_everything_as_it_was():
+@pytest.mark.parametrize("over", [0, 3])
+def test_pruning_that_fails_leaves_everything_as_it_was(over):
     """A layer that was cut by another tool stops prune(); put back, the ticket is applied."""
     model, opt = at_phase(Phase.CONVERGED)
     before, old = weights_of(model), model[4]
     model[4] = nn.BatchNorm2d(5)
 
     with pytest.raises(RuntimeError, match="have other shapes"):
-        opt.prune()
+        opt.prune(over)
 
     model[4] = old
     assert opt.phase is Phase.CONVERGED
     assert same(before, weights_of(model))
-    opt.prune()
+    opt.prune(over)
+    train(model, opt, range(100, 100 + over))
     assert opt.phase is Phase.PRUNED
     for name, mask in opt.final_mask.items():
         assert torch.equal(model.get_parameter(name) != 0, mask)
@@ -603,7 +607,7 @@ def test_an_error_inside_a_property_is_not_the_bases():
         _ = opt.final_mask
 
 
-@pytest.mark.parametrize("phase", [Phase.SEARCHING, Phase.TRUNCATING, Phase.PRUNED])
+@pytest.mark.parametrize("phase", [Phase.SEARCHING, Phase.TRUNCATING, Phase.FADING, Phase.PRUNED])
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 def test_further_arguments_of_step_reach_the_base(phase, truncate):
     """Second-order optimizers take their curvature as an argument of step()."""
@@ -623,8 +627,8 @@ def test_further_arguments_of_step_reach_the_base(phase, truncate):
     opt.step(hessian="first")
     if phase is not Phase.SEARCHING:
         opt.sample()
-    if phase is Phase.PRUNED:
-        opt.sample(), opt.prune()
+    if phase in (Phase.FADING, Phase.PRUNED):
+        opt.sample(), opt.prune(over=9 if phase is Phase.FADING else 0)
     assert opt.phase is phase
     opt.step(hessian="second")
     opt.step(lambda: 1.0, hessian="third")

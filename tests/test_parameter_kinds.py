@@ -75,7 +75,7 @@ KINDS = {
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 @pytest.mark.parametrize("make", KINDS)
 def test_a_parameter_of_any_kind_is_truncated_and_pruned(make, truncate):
-    """Removed entries stand still while truncating, others move, and pruned ones stay zero."""
+    """Removed entries stand still while truncating, fade to zero in equal steps, and stay there."""
     name = KINDS[make]
     torch.manual_seed(1)
     model, inputs = make()
@@ -87,9 +87,9 @@ def test_a_parameter_of_any_kind_is_truncated_and_pruned(make, truncate):
         **SEARCH,
     )
     seen = []
-    for step in range(10):
+    for step in range(12):
         if step == 8:
-            opt.prune()
+            opt.prune(over=2)
         seen.append(opt.phase)
         mask = opt.candidate_mask
         before = model.get_parameter(name).detach().clone()
@@ -102,6 +102,8 @@ def test_a_parameter_of_any_kind_is_truncated_and_pruned(make, truncate):
         elif seen[-1] is Phase.TRUNCATING:
             assert torch.equal(after[~mask[name]], before[~mask[name]])
             assert not torch.equal(after, before)
+        elif seen[-1] is Phase.FADING:
+            assert torch.equal(after[~mask[name]], before[~mask[name]] / 2)
     assert list(dict.fromkeys(seen)) == list(Phase)
     assert list(opt.final_mask) == [name]
 
@@ -138,8 +140,8 @@ def test_a_parameter_reparametrised_under_the_search_is_an_error(how, phase):
     opt = WormOptimizer(BASES["SGD"](model.parameters()), model, **SEARCH)
     n_steps = {Phase.SEARCHING: 1, Phase.TRUNCATING: 3}.get(phase, 7)
     train(model, opt, range(n_steps))
-    if phase is Phase.PRUNED:
-        opt.prune()
+    if phase in (Phase.FADING, Phase.PRUNED):
+        opt.prune(over=2 if phase is Phase.FADING else 0)
     assert opt.phase is phase
     if how == "prune":
         prune.l1_unstructured(model[4], "weight", 0.25)
@@ -165,9 +167,9 @@ def test_the_model_may_be_converted_in_every_phase(truncate, swapping):
     try:
         model = small_cnn()
         opt = WormOptimizer(BASES["SGD"](model.parameters()), model, truncate=truncate, **SEARCH)
-        for step in range(12):
+        for step in range(14):
             if step == 8:
-                opt.prune()
+                opt.prune(over=4)
             opt.zero_grad()
             model.to(torch.double if step % 2 else torch.float)
             mask, phase = opt.candidate_mask, opt.phase
@@ -176,6 +178,10 @@ def test_the_model_may_be_converted_in_every_phase(truncate, swapping):
             for name in mask if phase is Phase.TRUNCATING else ():
                 still = model.get_parameter(name) == before.get_parameter(name)
                 assert torch.equal(still, ~mask[name])
+            for name in mask if phase is Phase.FADING else ():
+                share = (11 - step) / (12 - step)
+                expected = before.get_parameter(name)[~mask[name]] * share
+                assert torch.equal(model.get_parameter(name)[~mask[name]], expected)
             for name in mask if phase is Phase.PRUNED else ():
                 assert torch.equal(model.get_parameter(name) != 0, mask[name])
     finally:
@@ -193,7 +199,7 @@ def test_swapped_tensors_go_on_as_they_would_have(truncate):
         opt = WormOptimizer(BASES["SGD"](model.parameters()), model, truncate=truncate, **SEARCH)
         for step in range(12):
             if step == 8:
-                opt.prune()
+                opt.prune(over=3)
             opt.zero_grad()
             for parameter in list(model.parameters()) if swap else ():
                 torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))
@@ -213,7 +219,9 @@ def test_frozen_representatives_keep_their_bits_until_they_are_pruned():
     opt = WormOptimizer(BASES["SGD momentum"](model.parameters()), model, **SEARCH)
     train(model, opt, range(8))
     assert torch.equal(model[1].weight, before)
-    opt.prune()
-    train(model, opt, range(8, 10))
+    opt.prune(over=2)
+    train(model, opt, range(8, 9))
+    assert torch.equal(model[1].weight, torch.where(opt.final_mask["1.weight"], before, before / 2))
+    train(model, opt, range(9, 11))
 
     assert torch.equal(model[1].weight, before * opt.final_mask["1.weight"])

@@ -123,7 +123,7 @@ def test_a_scheduled_search_resumes(name):
     whole = build(name)
     model, opt, _ = whole
     used = advance(*whole, range(12))
-    opt.prune()
+    opt.prune(over=3)
     used += advance(*whole, range(12, N_STEPS))
 
     other, resumed, its_scheduler = build(name)
@@ -137,7 +137,7 @@ def test_a_scheduled_search_resumes(name):
         for each, state in zip((other, resumed, its_scheduler), saved, strict=True):
             each.load_state_dict(state)
         if stop == 12:
-            resumed.prune()
+            resumed.prune(over=3)
         rates += advance(other, resumed, its_scheduler, range(stop, go_on))
 
     assert rates == used

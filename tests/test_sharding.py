@@ -51,19 +51,19 @@ def all_equal(results, expected):
 
 
 @pytest.mark.parametrize(
-    ("n", "layout", "truncate", "after"),
+    ("n", "layout", "truncate", "after", "over"),
     [
-        (2, "fsdp", "gradient", False),
-        (2, "fsdp", "update", True),
-        (4, "hybrid", "gradient", True),
+        (2, "fsdp", "gradient", False, 0),
+        (2, "fsdp", "update", True, 3),
+        (4, "hybrid", "gradient", True, 9),
     ],
 )
-def test_training_sharded_is_training_alone(n, layout, truncate, after):
+def test_training_sharded_is_training_alone(n, layout, truncate, after, over):
     """Weights, masks, history and ticket are equal; means of equal gradients are exact here."""
-    options = {**jobs.OPTIONS, "truncate": truncate, "prune": True}
+    options = {**jobs.OPTIONS, "truncate": truncate, "prune": True, "over": over}
     alone = jobs.trained("plain", "queries and keys", 24, **options)
     assert {row[-1] for row in alone["history"]} >= {"truncating", "converged"}
-    assert alone["phase"] == "pruned"
+    assert alone["phase"] == ("fading" if over == 9 else "pruned")
 
     job = functools.partial(jobs.trained, layout, "queries and keys", 24, after, **options)
     assert all_equal(run_on_ranks(n, job), alone)
@@ -83,6 +83,23 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path, before, after
     assert all_equal(run_on_ranks(before, job), halfway)
     job = functools.partial(jobs.resumed, "fsdp", which, range(8, 20), str(tmp_path), **how)
     assert all_equal(run_on_ranks(after, job), (halfway, alone))
+
+
+def test_a_fade_resumes_on_another_number_of_ranks(tmp_path):
+    """Saved on two ranks in the middle of a fade, it ends on four as it does unsharded on one."""
+    ends = []
+    for before, after, layout in ((1, 1, "plain"), (2, 4, "fsdp")):
+        folder = f"{tmp_path}/{layout}"
+        job = functools.partial(jobs.saved, layout, "queries and keys", 20, folder, over=6)
+        saved = run_on_ranks(before, job)
+        job = functools.partial(jobs.resumed, layout, "queries and keys", range(22, 27), folder)
+        resumed = run_on_ranks(after, job)
+        assert all_equal([loaded for loaded, _ in resumed], saved[0])
+        ends += [end for _, end in resumed]
+
+    assert saved[0]["phase"] == "fading"
+    assert ends[0]["phase"] == "pruned"
+    assert all_equal(ends[1:], ends[0])
 
 
 def test_a_checkpoint_of_two_meshes_resumes_on_one(tmp_path):

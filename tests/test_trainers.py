@@ -388,11 +388,28 @@ def test_lightning_callback_logs_and_acts(at_ticket):
     )
     trainer.fit(module, loader(0, 16))
 
-    assert_reports(logger.rows, module.worm, 3 if at_ticket == "prune" else 2)
+    assert_reports(logger.rows, module.worm, 4 if at_ticket == "prune" else 2)
     assert trainer.global_step == (12 if at_ticket == "stop" else 16)
     assert module.worm.phase is (Phase.PRUNED if at_ticket == "prune" else Phase.CONVERGED)
     zeros = 20 - int(sum(module.net[i].weight.count_nonzero() for i in (1, 4)))
     assert zeros == (10 if at_ticket == "prune" else 0)
+
+
+@lightning_warns
+@pytest.mark.parametrize("over", [3, 7])
+def test_lightning_callback_prunes_over_some_steps(over):
+    """The fade begins at the ticket, is not begun anew at each batch, and is logged as phase 3."""
+    logger, module = logged_by_lightning(), lightning_module()
+    callback = callback_for("lightning")("prune", over=over)
+    lightning_trainer(logger=logger, callbacks=[callback]).fit(module, loader(0, 16))
+
+    net, opt = build()
+    train_plainly(net, opt, batches(0, 12))
+    opt.prune(over)
+    train_plainly(net, opt, batches(12, 16))
+    assert_same_lightning_run(module, net, opt)
+    assert opt.phase is (Phase.PRUNED if over == 3 else Phase.FADING)
+    assert_reports(logger.rows, module.worm, 3)
 
 
 @lightning_warns
@@ -465,6 +482,8 @@ def test_lightning_callback_needs_a_search_to_watch():
         lightning_trainer(callbacks=[callback()]).fit(module, loader(0, 2))
     with pytest.raises(ValueError, match=r"`at_ticket` must be one of .* got 'halt'"):
         callback("halt")
+    with pytest.raises(ValueError, match=r"`over` must be at least 0, got -1"):
+        callback("prune", over=-1)
 
 
 # ---- transformers
@@ -645,7 +664,7 @@ def test_transformers_callback_logs_and_acts(tmp_path, at_ticket):
     trainer.add_callback(callback(trainer, at_ticket))
     trainer.train()
 
-    assert_reports(worm_rows(trainer), opt, 3 if at_ticket == "prune" else 2)
+    assert_reports(worm_rows(trainer), opt, 4 if at_ticket == "prune" else 2)
     last = 12 if at_ticket == "stop" else 16
     losses = [row["step"] for row in trainer.state.log_history if "loss" in row]
     assert losses == list(range(4, last + 1, 4))
@@ -653,6 +672,39 @@ def test_transformers_callback_logs_and_acts(tmp_path, at_ticket):
     assert opt.phase is (Phase.PRUNED if at_ticket == "prune" else Phase.CONVERGED)
     zeros = 20 - int(sum(classifier.net[i].weight.count_nonzero() for i in (1, 4)))
     assert zeros == (10 if at_ticket == "prune" else 0)
+
+
+@trainer_warns
+@pytest.mark.parametrize("over", [3, 7])
+def test_transformers_callback_prunes_over_some_steps(tmp_path, over):
+    """The fade begins at the ticket, goes on after a resume, and is logged as phase 3."""
+    callback = callback_for("transformers")
+    runs = []
+    for checkpoint in (None, "checkpoint-14"):
+        classifier = Classifier()
+        opt = worm_for_classifier(classifier)
+        trainer, seen = hf_trainer(
+            tmp_path,
+            16,
+            classifier,
+            opt,
+            max_grad_norm=1.0,
+            lr_scheduler_type="constant",
+            save_strategy="steps",
+            save_steps=2,
+        )
+        trainer.add_callback(callback(trainer, "prune", over=over))
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
+        runs.append((classifier.net, opt, seen))
+        assert_reports(worm_rows(trainer), opt, 3)
+
+    net, plain = build()
+    train_plainly(net, plain, runs[0][2][:12], clip=1.0)
+    plain.prune(over)
+    train_plainly(net, plain, runs[0][2][12:], clip=1.0)
+    for its_net, opt, _ in runs:
+        assert_same_run(its_net, opt, net, plain)
+        assert opt.phase is plain.phase is (Phase.PRUNED if over == 3 else Phase.FADING)
 
 
 @trainer_warns
@@ -687,6 +739,8 @@ def test_transformers_callback_needs_a_search_to_watch(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match=r"`at_ticket` must be one of .* got 'halt'"):
         callback(trainer, "halt")
+    with pytest.raises(TypeError, match=r"`over` must be a whole number, got 'all' of type str"):
+        callback(trainer, "prune", over="all")
 
 
 # ---- timm

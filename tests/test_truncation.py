@@ -11,6 +11,7 @@ from strategies import grad_lists, shares
 from torch_worm_optim.pruning import apply_ticket_
 from torch_worm_optim.truncation import (
     Entries,
+    Faded,
     HeldAtZero,
     ScaledGradients,
     ScaledUpdates,
@@ -58,7 +59,9 @@ def test_gradients_of_removed_entries_are_scaled_by_r(with_closure, pairs, trunc
             assert torch.equal(gradient[~mask], old[~mask] * r)
 
 
-@pytest.mark.parametrize("strategy", [ScaledGradients(0.5), ScaledUpdates(0.5), HeldAtZero()])
+@pytest.mark.parametrize(
+    "strategy", [ScaledGradients(0.5), ScaledUpdates(0.5), Faded(), HeldAtZero()]
+)
 def test_another_mask_applies_after_clear(strategy):
     """What is held between steps is the mask's that was newest, until it is cleared."""
     weight = torch.tensor([1.0, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytest
@@ -295,15 +296,20 @@ def test_a_warm_up_from_zero_counts():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("base", ["SGD", "SGD momentum", "AdamW"])
+@pytest.mark.parametrize("fading", [False, True])
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself here, otherwise in each release
-def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten):
-    """Saved and loaded by torch.distributed.checkpoint, a search goes on bit for bit."""
+def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten, fading):
+    """Saved and loaded by torch.distributed.checkpoint, search or fade go on bit for bit."""
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     from torch.distributed.checkpoint import state_dict as dcp_state
 
     options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=flatten)
-    model, opt = build(BASES[base])
-    train(model, opt, range(17))
+    build_ = functools.partial(build, BASES[base], stopping_point=1.0 if fading else 0.06)
+    model, opt = build_()
+    train(model, opt, range(12))
+    if fading:
+        opt.prune(over=10)
+    train(model, opt, range(12, 17))
     opt.zero_grad()
     saved = {
         "model": model.state_dict(),
@@ -311,7 +317,7 @@ def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten):
     }
     dcp.save(saved, checkpoint_id=tmp_path)
 
-    other_model, other = build(BASES[base])
+    other_model, other = build_()
     target = {
         "model": other_model.state_dict(),
         "opt": dcp_state.get_optimizer_state_dict(other_model, other, options=options),
@@ -321,9 +327,12 @@ def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten):
     dcp_state.set_optimizer_state_dict(other_model, other, target["opt"], options=options)
 
     assert other.history == opt.history
+    assert ("phase: fading (steps left: 5)" in repr(other)) == fading
     train(model, opt, range(17, 40))
     train(other_model, other, range(17, 40))
     assert other.history == opt.history
+    assert other.phase is opt.phase
+    assert (opt.phase is Phase.PRUNED) == fading
     assert same(weights_of(model), weights_of(other_model))
 
 
@@ -369,14 +378,16 @@ class Proxy:
         return getattr(self.optimizer, name)
 
 
-def test_what_is_called_on_a_proxy_happens_to_the_optimizer():
+@pytest.mark.parametrize("over", [0, 2])
+def test_what_is_called_on_a_proxy_happens_to_the_optimizer(over):
     """Lightning hands out an object of this class with attributes of its own: state is shared."""
     model, opt = build(sample_every=None, stopping_point=1.0, window=2, trigger="always")
     proxy = Proxy(opt)
     for start in (0, 3):
         train(model, opt, range(start, start + 3))
         proxy.sample()
-    proxy.prune()
+    proxy.prune(over)
+    assert opt.phase is proxy.phase is (Phase.FADING if over else Phase.PRUNED)
     train(model, opt, range(6, 8))
 
     assert isinstance(proxy, WormOptimizer)

@@ -33,12 +33,14 @@ class SearchState:
     Attributes:
         step: Optimizer steps taken.
         pruned: Whether the ticket is applied and held.
+        fading_steps: Steps until it is, while removed entries fade; else 0.
         history: All samples, oldest first.
         window: The masks that the next one is compared with.
     """
 
     step: int
     pruned: bool
+    fading_steps: int
     history: list[MaskSample]
     window: Window
 
@@ -47,6 +49,8 @@ class SearchState:
         """How far the search is."""
         if self.pruned:
             return Phase.PRUNED
+        if self.fading_steps:
+            return Phase.FADING
         return self.history[-1].phase if self.history else Phase.SEARCHING
 
 
@@ -69,6 +73,7 @@ def with_record(
         "version": _VERSION,
         "step": search.step,
         "pruned": search.pruned,
+        "fading_steps": search.fading_steps,
         "history": json.dumps(
             [
                 [
@@ -188,11 +193,15 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
     try:
         saved_identity, rows = json.loads(record["identity"]), json.loads(record["history"])
         step = int(record["step"])
+        # Records from before there was a fade lack it.
+        fading_steps = int(record.get("fading_steps", 0))
         history = [
             MaskSample(int(step), tuple(distances), largest, mean, Phase(phase))
             for step, distances, largest, mean, phase in rows
         ]
         saved_identity = dict(saved_identity)
+        if fading_steps < 0 or (fading_steps and record["pruned"]):
+            raise ValueError(f"{fading_steps} steps left to fade")
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"The checkpoint's record of the search cannot be read ({error}): load an earlier "
@@ -206,7 +215,7 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
                 f"of this search is {_brief(expected)}. Build the model and WormOptimizer as they "
                 "were when it was saved."
             )
-    if record["pruned"] and not (history and history[-1].phase.converged):
+    if (record["pruned"] or fading_steps) and not (history and history[-1].phase.converged):
         raise ValueError(
             "The checkpoint says that its ticket is applied, and has none: load an earlier one."
         )
@@ -215,7 +224,7 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
             "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
         )
     window = _load_window(record["window"], layout, n_masks)
-    return SearchState(step, bool(record["pruned"]), history, window)
+    return SearchState(step, bool(record["pruned"]), fading_steps, history, window)
 
 
 def _brief(value: object) -> str:

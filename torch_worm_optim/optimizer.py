@@ -28,6 +28,7 @@ from torch_worm_optim.selectors import Selector, canonical_name, default_selecto
 from torch_worm_optim.sharding import reshard_
 from torch_worm_optim.truncation import (
     Entries,
+    Faded,
     HeldAtZero,
     ScaledGradients,
     ScaledUpdates,
@@ -182,10 +183,17 @@ class WormOptimizer(OptimizerWrapper):
         # an attribute that a method sets on a proxy stays there. So all that changes is inside of
         # objects that do not change.
         self._search = SearchState(
-            step=0, pruned=False, history=[], window=Window(self._layout.local_numels(), window)
+            step=0,
+            pruned=False,
+            fading_steps=0,
+            history=[],
+            window=Window(self._layout.local_numels(), window),
         )
-        self._held_at_zero = HeldAtZero()
-        self._strategies: dict[Phase, Strategy] = {Phase.PRUNED: self._held_at_zero}
+        self._faded, self._held_at_zero = Faded(), HeldAtZero()
+        self._strategies: dict[Phase, Strategy] = {
+            Phase.FADING: self._faded,
+            Phase.PRUNED: self._held_at_zero,
+        }
         if self._truncation < 1:
             truncated = ScaledGradients if truncate == "gradient" else ScaledUpdates
             self._strategies[Phase.TRUNCATING] = truncated(self._truncation)
@@ -237,10 +245,13 @@ class WormOptimizer(OptimizerWrapper):
             loss = base_step(closure)
         else:
             targets = self._layout.targets()
-            loss = strategy.step(base_step, closure, self._entries(targets))
+            entries = self._entries(targets)
+            loss = strategy.step(base_step, closure, entries)
             if phase is Phase.TRUNCATING:
                 self._warn_if_inert(targets)
         self._search.step += 1
+        if phase is Phase.FADING:
+            self._fade_(entries)
         if not phase.converged and self._is_due():
             self.sample()
         return loss
@@ -308,15 +319,9 @@ class WormOptimizer(OptimizerWrapper):
         sample = decide(distances, step=self._search.step, history=history, rule=self._rule)
         history.append(sample)
         self._clear_strategies()
-        if sample.phase is not phase:
-            logger.info(
-                "step %d: %s -> %s (max distance %s, mean distance %s)",
-                sample.step,
-                phase.value,
-                sample.phase.value,
-                sample.max_distance,
-                sample.mean_distance,
-            )
+        self._log_change(
+            phase, f" (max distance {sample.max_distance}, mean distance {sample.mean_distance})"
+        )
         if mask.n_tied > _MANY_TIES * n_entries:
             self._warn_once(
                 "ties",
@@ -348,17 +353,47 @@ class WormOptimizer(OptimizerWrapper):
     # ---- pruning
 
     @_untraced
-    def prune(self) -> None:
-        """Apply the ticket in place, and hold it through every later step.
+    def prune(self, over: int = 0) -> None:
+        r"""Apply the ticket in place, at once or little by little, and hold it from then on.
 
         Removed entries and those of their followers become zero, and each later :meth:`step` sets
         them back to zero, whatever momentum and weight decay do. Parameters, their names and the
-        ``state_dict`` keys stay as they were. A second call does nothing.
+        ``state_dict`` keys stay as they were.
+
+        With ``over=n`` they get there in ``n`` steps, each on a straight line from where it is:
+
+        .. math:: w_t = \frac{n - t}{n}\,w_0, \quad t = 1, \dots, n
+
+        Until then the phase is ``FADING``: the base optimizer sees gradients of zero for them, and
+        what momentum and weight decay do to them is undone. Further calls may shorten the steps
+        that are left, to none by default, and never lengthen them, so that a call may stand in a
+        training loop. Once pruned, a call does nothing.
+
+        Args:
+            over (int, optional): Steps until removed entries are zero; 0 is at once (default: 0).
 
         Raises:
+            TypeError: If ``over`` is not a number.
+            ValueError: If ``over`` is not a whole number of at least 0.
             RuntimeError: If the ticket is not found yet, or a parameter that it applies to was
                 reparametrised or has another shape. Model and optimizer are left as they were.
+
+        Example:
+            >>> model = nn.BatchNorm1d(2)
+            >>> _ = model.weight.data.copy_(torch.tensor([1.0, 2.0]))
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> opt = WormOptimizer(sgd, model, sample_every=None, window=2)
+            >>> _ = opt.sample(), opt.sample()
+            >>> opt.prune(over=4)
+            >>> for _ in range(4):
+            ...     opt.step()
+            ...     print(opt.phase.value, model.weight.tolist())
+            fading [0.75, 2.0]
+            fading [0.5, 2.0]
+            fading [0.25, 2.0]
+            pruned [0.0, 2.0]
         """
+        over = check_count("over", over, least=0)
         phase = self.phase
         if not phase.converged:
             raise RuntimeError(
@@ -369,9 +404,36 @@ class WormOptimizer(OptimizerWrapper):
         if phase is Phase.PRUNED:
             return
         self._fit_window()
-        self._held_at_zero.apply_(self._entries(self._layout.targets()))
-        self._search.pruned = True
-        logger.info("step %d: %s -> %s", self._search.step, phase.value, self.phase.value)
+        entries = self._entries(self._layout.targets())
+        if over == 0:
+            self._hold_at_zero_(entries)
+            return
+        self._search.fading_steps = min(over, self._search.fading_steps or over)
+        self._log_change(phase)
+
+    def _fade_(self, entries: list[Entries]) -> None:
+        """Take removed entries nearer to zero, by one of the steps that are left."""
+        left = self._search.fading_steps - 1
+        if left > 0:
+            self._faded.apply_(entries, left / (left + 1))
+            self._search.fading_steps = left
+        else:  # below 0 where the step's closure has called prune()
+            self._hold_at_zero_(entries)
+
+    def _hold_at_zero_(self, entries: list[Entries]) -> None:
+        """Set removed entries to zero, and hold them there from now on."""
+        phase = self.phase
+        self._clear_strategies()  # No step needs the memory of a fade any more.
+        self._held_at_zero.apply_(entries)
+        self._search.pruned, self._search.fading_steps = True, 0
+        self._log_change(phase)
+
+    def _log_change(self, before: Phase, details: str = "") -> None:
+        """Log that the phase is another one than before, if it is."""
+        after = self.phase
+        if after is not before:
+            text = f"{before.value} -> {after.value}{details}"
+            logger.info("step %d: %s", self._search.step, text)
 
     # ---- what users read
 
@@ -411,8 +473,9 @@ class WormOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         """The phase, the last distances and the base optimizer."""
+        fading_steps = self._search.fading_steps
         lines = [
-            f"phase: {self.phase.value}",
+            f"phase: {self.phase.value}" + f" (steps left: {fading_steps})" * bool(fading_steps),
             f"step: {self._search.step}",
             f"masks drawn: {len(self._search.history)} (window: {self._rule.window})",
             f"ranked entries: {sum(self._layout.numels())} of "
@@ -440,7 +503,7 @@ class WormOptimizer(OptimizerWrapper):
         plain, record = without_record(state_dict)
         n_masks = self._rule.window
         if record is None:  # the plain base optimizer's
-            search = SearchState(0, False, [], Window(self._layout.local_numels(), n_masks))
+            search = SearchState(0, False, 0, [], Window(self._layout.local_numels(), n_masks))
         else:
             search = read_record(record, self._masks_identity(), self._layout, n_masks)
         self.base_optim.load_state_dict(plain)

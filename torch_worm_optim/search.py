@@ -17,13 +17,15 @@ class Phase(Enum):
     TRUNCATING = "truncating"
     #: The ticket is frozen; sampling and truncation have stopped.
     CONVERGED = "converged"
+    #: Removed entries go to zero, a step at a time, and the base optimizer moves them no more.
+    FADING = "fading"
     #: The ticket is applied: removed entries are held at zero.
     PRUNED = "pruned"
 
     @property
     def converged(self) -> bool:
         """Whether the ticket is found."""
-        return self in (Phase.CONVERGED, Phase.PRUNED)
+        return self in (Phase.CONVERGED, Phase.FADING, Phase.PRUNED)
 
 
 class MaskSample(NamedTuple):

@@ -1,9 +1,9 @@
-r"""What a step does to entries that a mask removes: truncate them, or hold them at zero.
+r"""What a step does to entries that a mask removes: truncate, fade, or hold them at zero.
 
-Three strategies, each one class with one method. It takes the base optimizer's step and does
-something before or after it: :class:`ScaledGradients` scales what the base optimizer sees, which is
-the paper's formula, :class:`ScaledUpdates` scales what the base optimizer does, and
-:class:`HeldAtZero` sets back to zero what the base optimizer moved.
+Four strategies, each a class whose ``step`` takes the base optimizer's step and does something
+before or after it: :class:`ScaledGradients` scales what the base optimizer sees, which is the
+paper's formula, :class:`ScaledUpdates` scales what the base optimizer does, :class:`Faded` undoes
+it, for a fade to zero, and :class:`HeldAtZero` sets back to zero what the base optimizer moved.
 
 What a strategy keeps between steps is derived from the newest mask and is made anew after
 ``clear()``, and when a parameter has another shape, dtype or device than before.
@@ -139,16 +139,16 @@ class ScaledUpdates:
 
     def __init__(self, truncation: float) -> None:
         self.truncation = truncation
-        self._masks: list[Tensor] = []
+        self.masks: list[Tensor] = []
         self._before: list[Tensor] = []
 
     def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
         """Step, and go back by 1 - r of the way."""
         weights = [each.weights for each in entries]
         if not _fit(self._before, entries):
-            self._masks = [each.mask().to(each.weights.device) for each in entries]
+            self.masks = [each.mask().to(each.weights.device) for each in entries]
             self._before = [torch.empty_like(each) for each in weights]
-        before, masks = self._before, self._masks  # as they are now, whatever a closure does
+        before, masks = self._before, self.masks  # as they are now, whatever a closure does
         with torch.no_grad():
             torch._foreach_copy_(before, weights)
         loss = base_step(closure)
@@ -157,7 +157,46 @@ class ScaledUpdates:
 
     def clear(self) -> None:
         """Forget the masks, and the memory that old weights are kept in during a step."""
-        self._masks, self._before = [], []
+        self.masks, self._before = [], []
+
+
+class Faded:
+    """Keep removed entries from the base optimizer, and take them nearer to zero after each step.
+
+    The base optimizer sees gradients of zero for them, and what its momentum and weight decay do to
+    them all the same is undone. So nothing but :meth:`apply_` moves them.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 1.0])
+        >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
+        >>> faded = Faded()
+        >>> _ = faded.step(lambda closure: weight.add_(1), None, entries)
+        >>> faded.apply_(entries, 0.75)
+        >>> weight
+        tensor([2.0000, 0.7500])
+    """
+
+    def __init__(self) -> None:
+        self._gradients, self._updates = ScaledGradients(0.0), ScaledUpdates(0.0)
+
+    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
+        """Step, and leave removed entries as they are."""
+
+        def unseeing_step(closure: Closure | None) -> Any:
+            return self._gradients.step(base_step, closure, entries)
+
+        return self._updates.step(unseeing_step, closure, entries)
+
+    @torch.no_grad()
+    def apply_(self, entries: Sequence[Entries], share: float) -> None:
+        """Leave this share of removed entries after a step, in place."""
+        for each, mask in zip(entries, self._updates.masks, strict=True):
+            torch.where(mask, each.weights, each.weights * share, out=each.weights)
+
+    def clear(self) -> None:
+        """Forget the masks, the multipliers, and the memory for old weights."""
+        self._gradients.clear()
+        self._updates.clear()
 
 
 class HeldAtZero:

@@ -20,30 +20,36 @@ class WormCallback(Callback):
     """Log phase, distances and ticket to the trainer's loggers, and act at the ticket.
 
     Each mask drawn is logged once, at ``trainer.global_step``, whatever ``log_every_n_steps`` says:
-    ``worm/phase`` (0 searching, 1 truncating, 2 converged, 3 pruned), ``worm/max_distance`` and
-    ``worm/mean_distance``; with the ticket ``worm/ticket_step`` and, for each parameter, the share
-    that it keeps as ``worm/kept/<name>``. With several ``WormOptimizer`` the names begin with
-    ``worm0/``, ``worm1/`` and so on, in the order of ``trainer.optimizers``.
+    ``worm/phase`` (0 searching, 1 truncating, 2 converged, 3 fading, 4 pruned),
+    ``worm/max_distance`` and ``worm/mean_distance``; with the ticket ``worm/ticket_step`` and, for
+    each parameter, the share that it keeps as ``worm/kept/<name>``. With several ``WormOptimizer``
+    the names begin with ``worm0/``, ``worm1/`` and so on, in the order of ``trainer.optimizers``.
 
     Args:
         at_ticket (str, optional): What to do once the ticket is found, all of them if there are
             several optimizers: ``"continue"`` training, ``"stop"`` it, or ``"prune"`` and train on
             (default: ``"continue"``). Each optimizer is pruned when its own ticket is found.
+        over (int, optional): Optimizer steps in which ``"prune"`` fades what the ticket removes to
+            zero; 0 is at once (default: 0).
 
     Raises:
-        ValueError: If ``at_ticket`` is none of the three, or, when training starts, if none of the
-            trainer's optimizers is a ``WormOptimizer``.
+        TypeError: If ``over`` is not a number.
+        ValueError: If ``at_ticket`` is none of the three, ``over`` not a whole number of at least
+            0, or, when training starts, if none of the trainer's optimizers is a
+            ``WormOptimizer``.
     """
 
-    def __init__(self, at_ticket: str = "continue") -> None:
-        self.at_ticket = check_at_ticket(at_ticket)
+    def __init__(self, at_ticket: str = "continue", *, over: int = 0) -> None:
+        self.at_ticket, self.over = check_at_ticket(at_ticket, over)
         self._reporters: list[Reporter] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; checkpoints are loaded by now."""
         found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         self._reporters = [
-            Reporter(each, self.at_ticket) for each in found if isinstance(each, WormOptimizer)
+            Reporter(each, self.at_ticket, self.over)
+            for each in found
+            if isinstance(each, WormOptimizer)
         ]
         if not self._reporters:
             raise ValueError(

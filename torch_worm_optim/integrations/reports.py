@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_worm_optim.arguments import check_choice
+from torch_worm_optim.arguments import check_choice, check_count
 from torch_worm_optim.optimizer import WormOptimizer
 from torch_worm_optim.search import Phase
 
@@ -31,9 +31,13 @@ class Reporter:
     Args:
         optimizer (WormOptimizer): Whose search to watch.
         at_ticket (str): ``"continue"``, ``"stop"`` or ``"prune"``.
+        over (int, optional): Steps that ``"prune"`` takes, see :meth:`WormOptimizer.prune`
+            (default: 0).
 
     Raises:
-        ValueError: If ``at_ticket`` is none of the three.
+        TypeError: If ``over`` is not a number.
+        ValueError: If ``at_ticket`` is none of the three, or ``over`` not a whole number of at
+            least 0.
 
     Example:
         >>> import torch
@@ -47,15 +51,15 @@ class Reporter:
         >>> for report in reporter.news():
         ...     print(report)
         {'worm/phase': 0}
-        {'worm/phase': 3, 'worm/max_distance': 0.0, 'worm/mean_distance': 0.0,
+        {'worm/phase': 4, 'worm/max_distance': 0.0, 'worm/mean_distance': 0.0,
          'worm/ticket_step': 0, 'worm/kept/weight': 0.5}
         >>> reporter.news()
         []
     """
 
-    def __init__(self, optimizer: WormOptimizer, at_ticket: str) -> None:
+    def __init__(self, optimizer: WormOptimizer, at_ticket: str, over: int = 0) -> None:
         self.optimizer = optimizer
-        self.at_ticket = check_at_ticket(at_ticket)
+        self.at_ticket, self.over = check_at_ticket(at_ticket, over)
         self._n_told = len(optimizer.history)
 
     def news(self) -> list[dict[str, float]]:
@@ -67,7 +71,7 @@ class Reporter:
             keeps of each parameter.
         """
         if self.at_ticket == "prune" and self.optimizer.converged:
-            self.optimizer.prune()  # A second call does nothing.
+            self.optimizer.prune(self.over)  # A second call lengthens nothing.
         samples = self.optimizer.history[self._n_told :]
         self._n_told += len(samples)
         reports: list[dict[str, float]] = []
@@ -91,16 +95,20 @@ class Reporter:
         return self.at_ticket == "stop" and self.optimizer.converged
 
 
-def check_at_ticket(at_ticket: str) -> str:
-    """Refuse an ``at_ticket`` that is none of the three.
+def check_at_ticket(at_ticket: str, over: int) -> tuple[str, int]:
+    """Refuse an ``at_ticket`` that is none of the three, and steps that cannot be counted.
 
     Args:
         at_ticket: What the user passed.
+        over: The steps that ``"prune"`` takes, as the user passed them.
 
     Returns:
         The same.
 
     Raises:
-        ValueError: If it is none of them.
+        TypeError: If ``over`` is not a number.
+        ValueError: If ``at_ticket`` is none of the three, or ``over`` not a whole number of at
+            least 0.
     """
-    return check_choice("at_ticket", at_ticket, ("continue", "stop", "prune"))
+    at_ticket = check_choice("at_ticket", at_ticket, ("continue", "stop", "prune"))
+    return at_ticket, check_count("over", over, least=0)

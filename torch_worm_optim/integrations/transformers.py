@@ -27,7 +27,7 @@ class WormCallback(TrainerCallback):
 
     Each mask drawn is logged once with ``trainer.log()``, whatever ``logging_steps`` says, and is
     in ``trainer.state.log_history`` too: ``worm/phase`` (0 searching, 1 truncating, 2 converged,
-    3 pruned), ``worm/max_distance`` and ``worm/mean_distance``; with the ticket
+    3 fading, 4 pruned), ``worm/max_distance`` and ``worm/mean_distance``; with the ticket
     ``worm/ticket_step`` and, for each parameter, the share that it keeps as ``worm/kept/<name>``.
 
     Args:
@@ -35,15 +35,18 @@ class WormCallback(TrainerCallback):
             and only ``trainer.log()`` reaches all that it reports to.
         at_ticket (str, optional): What to do once the ticket is found: ``"continue"`` training,
             ``"stop"`` it, or ``"prune"`` and train on (default: ``"continue"``).
+        over (int, optional): Optimizer steps in which ``"prune"`` fades what the ticket removes to
+            zero; 0 is at once (default: 0).
 
     Raises:
-        ValueError: If ``at_ticket`` is none of the three, or, when training starts, if the
-            Trainer's optimizer is not a ``WormOptimizer``.
+        TypeError: If ``over`` is not a number.
+        ValueError: If ``at_ticket`` is none of the three, ``over`` not a whole number of at least
+            0, or, when training starts, if the Trainer's optimizer is not a ``WormOptimizer``.
     """
 
-    def __init__(self, trainer: Trainer, at_ticket: str = "continue") -> None:
+    def __init__(self, trainer: Trainer, at_ticket: str = "continue", *, over: int = 0) -> None:
         self.trainer = trainer
-        self.at_ticket = check_at_ticket(at_ticket)
+        self.at_ticket, self.over = check_at_ticket(at_ticket, over)
         self._reporter: Reporter | None = None
 
     def on_train_begin(
@@ -61,7 +64,7 @@ class WormCallback(TrainerCallback):
                 f"{type(found).__name__}. Pass one: Trainer(..., optimizers=("
                 "WormOptimizer(AdamW(model.parameters()), model), None))."
             )
-        self._reporter = Reporter(found, self.at_ticket)
+        self._reporter = Reporter(found, self.at_ticket, self.over)
 
     def on_step_end(
         self,
