@@ -256,8 +256,9 @@ class _Cut:
         self.before = {name: tensor.detach() for name, tensor in _named_tensors(model).items()}
         self.n_zero = sum(_zero_channels(m) for m in model.modules())
         self._attributes = [
-            (module, {key: getattr(module, key) for key in _SIZES if hasattr(module, key)})
+            (module, {key: getattr(module, key) for key in _SIZES if key in vars(module)})
             for module in model.modules()
+            if isinstance(module, _RESIZABLE)
         ]
         self._classes = [(module, type(module)) for module in model.modules()]
 

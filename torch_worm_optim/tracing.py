@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -144,7 +145,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.labels: dict[int, list[Labels]] = {}
         self.zeros: dict[int, tuple[int, Flags]] = {}
         self.alive: list[Tensor] = []  # an id belongs to another tensor once its own is gone
-        self.constant: set[int] = set()  # tensors that do not depend on the input
+        # Tensors that do not depend on the input, with the parameters that they are made of.
+        self.made_of: dict[int, set[str]] = {}
         self.seen: set[int] = set()
         self.batch_norms: dict[str, Flags] = {}
         self.inputs_of_grouped: dict[int, Labels] = {}  # by the id of a convolution's weight
@@ -153,9 +155,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             **dict(model.named_buffers()),
         }
         self.name_of = {id(tensor): name for name, tensor in self.named.items()}
-        for tensor in self.named.values():
+        for name, tensor in self.named.items():
             self.label(tensor, [self.new(size) for size in tensor.shape])
-            self.constant.add(id(tensor))
+            self.made_of[id(tensor)] = {name}
+        self.convolutions = {
+            f"{name}.weight" for name, m in model.named_modules() if isinstance(m, _ConvNd)
+        }
 
     # ---- labels
 
@@ -184,7 +189,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self.zeros.get(id(tensor))
         if known is not None and known[0] == dim:
             return known[1]
-        if id(tensor) in self.constant:
+        if id(tensor) in self.made_of:
             flat = tensor.detach().movedim(dim, 0).reshape(tensor.shape[dim], -1)
             return np.asarray((flat == 0).all(1).cpu().numpy())
         return np.zeros(tensor.shape[dim], dtype=bool)
@@ -219,8 +224,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rule is None or not rule(func, args, kwargs, out):
             for tensor in (*inputs, *outputs):
                 self.pin(tensor, f"unknown operator {func.overloadpacket}")
-        if all(id(tensor) in self.constant for tensor in inputs):
-            self.constant.update(id(tensor) for tensor in outputs)
+        if all(id(tensor) in self.made_of for tensor in inputs):
+            names = set().union(*(self.made_of[id(tensor)] for tensor in inputs))
+            self.made_of |= {id(tensor): names for tensor in outputs}
         return out
 
     def _rule(self, func: Any) -> Callable[..., bool] | None:
@@ -346,49 +352,43 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out_dim, in_dim = (1, 0) if transposed else (0, 1)
         of_x, of_weight = self.of(x), self.of(weight)
         n_in, n_out = x.shape[1], out.shape[1]
-        if x.dim() != weight.dim() or (groups > 1 and transposed):
+        if x.dim() != weight.dim() or id(weight) not in self.made_of:
+            return False
+        # The number of groups has to be set anew, which only a convolution's own can.
+        owned = not self.convolutions.isdisjoint(self.made_of[id(weight)])
+        if groups > 1 and (transposed or not owned):
             return False
         for labels in (*of_x[2:], *of_weight[2:]):
             self.pinned.append((labels, "spatial"))
         zero_in = self.zeros_along(x, 1)
-        is_constant = id(weight) in self.constant
-        zero_out = np.zeros(n_out, dtype=bool)
         if groups == 1:
-            zero_columns = self._zero_weight(weight, in_dim)
             self.join(of_x[1], of_weight[in_dim])
-            self.read(of_x[1], zero_in | zero_columns)
-            if is_constant:
-                live = torch.from_numpy(np.flatnonzero(~zero_in)).to(weight.device)
-                rest = weight.detach().index_select(in_dim, live).movedim(out_dim, 0)
-                zero_out = _all_zero(rest.reshape(n_out, -1))
+            self.read(of_x[1], zero_in | self.zeros_along(weight, in_dim))
+            live = torch.from_numpy(np.flatnonzero(~zero_in)).to(weight.device)
+            rest = weight.detach().index_select(in_dim, live).movedim(out_dim, 0)
+            zero_out = _all_zero(rest.reshape(n_out, -1))
         elif groups == n_in:
             self.pinned.append((of_weight[1], "depthwise"))
             # Several filters of one channel go with it, and so with each other.
             self.join(np.repeat(of_x[1], n_out // n_in), of_weight[0])
-            zero_out = np.repeat(zero_in, n_out // n_in) | self._zero_weight(weight, 0)
+            zero_out = np.repeat(zero_in, n_out // n_in) | self.zeros_along(weight, 0)
         else:
             self.pinned.append((of_weight[1], "grouped"))
             self.read(of_x[1], zero_in)
             self.balanced += [np.split(of_x[1], groups), np.split(of_weight[0], groups)]
             self.inputs_of_grouped[id(weight)] = of_x[1]
-            zero_out = self._zero_weight(weight, 0)
+            zero_out = self.zeros_along(weight, 0)
         if bias is not None:
             self.join(of_weight[out_dim], self.of(bias)[0])
-            zero_out = zero_out & self._zero_weight(bias, 0)
+            zero_out = zero_out & self.zeros_along(bias, 0)
         spatial = [_fixed(size) for size in out.shape[2:]]
         self.label(out, [of_x[0], of_weight[out_dim], *spatial], (1, zero_out))
         return True
 
-    def _zero_weight(self, weight: Tensor, dim: int) -> Flags:
-        """Which indices of a dimension of a weight are zero; none if it depends on the input."""
-        if id(weight) in self.constant:
-            return self.zeros_along(weight, dim)
-        return np.zeros(weight.shape[dim], dtype=bool)
-
     def _linear(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
         """A product of matrices: a sum over the columns of the first."""
         bias, (x, weight) = (args[0], args[1:]) if len(args) == 3 else (None, args)
-        if kwargs or id(weight) not in self.constant:
+        if kwargs or id(weight) not in self.made_of:
             return False
         of_x, of_weight = self.of(x), self.of(weight)
         zero_in = self.zeros_along(x, 1)
@@ -414,7 +414,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self.join(channels, self.of(tensor)[0])
         if scale is not None and shift is not None:
-            zero = self._zero_weight(scale, 0) & self._zero_weight(shift, 0)
+            zero = self.zeros_along(scale, 0) & self.zeros_along(shift, 0)
             if name:
                 self.batch_norms[name] = zero
         if name in self.scattered:
