@@ -108,7 +108,15 @@ class Layout:
                 "or put the new parameters into its `param_groups`."
             )
         for part in representative.reached:
-            if not sharded_alike(self.parameter(part.name), parameter):
+            same_place = (part.view, part.part) == (representative.view, representative.part)
+            other = self.parameter(part.name)
+            if not (same_place and other.shape == parameter.shape):
+                raise RuntimeError(
+                    f"{part.name!r} goes with {representative.name!r}, and its entries lie "
+                    "elsewhere in it, which is not supported for sharded parameters. Select "
+                    "without followers."
+                )
+            if not sharded_alike(other, parameter):
                 raise RuntimeError(
                     f"{part.name!r} goes with {representative.name!r}, and is not sharded in the "
                     "same way. Shard both alike, or select without followers."
@@ -261,7 +269,13 @@ class Target(NamedTuple):
 
     def _gradient(self) -> Tensor | None:
         """The same view of the gradient."""
-        return None if self.parameter.grad is None else self._view(self.parameter.grad)
+        gradient = self.parameter.grad
+        if gradient is not None and gradient.is_sparse and (self.part.view or self.part.part):
+            raise RuntimeError(
+                f"{self.part.name!r} has a sparse gradient, of which a part cannot be truncated by "
+                "itself. Select the whole parameter, or make its gradient dense (`sparse=False`)."
+            )
+        return None if gradient is None else self._view(gradient)
 
     def _mask(self, masks: Sequence[Tensor]) -> Tensor:
         """The mask in the shape of the view, on the parameter's device."""

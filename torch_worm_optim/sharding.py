@@ -288,7 +288,7 @@ def ranked_indices(representative: Representative, shape: tuple[int, ...]) -> li
     for index, size in enumerate(shape):
         n_view, product = 0, 1
         last = index == len(shape) - 1
-        while n_view < len(sizes) and (last or product < size):
+        while n_view < len(sizes) and (n_view == 0 or last or product < size):
             product *= sizes[n_view]
             n_view += 1
         indices = torch.arange(size, device="cpu").view(sizes[:n_view])[tuple(parts[:n_view])]
@@ -302,6 +302,20 @@ def _rectangle(parameter: Tensor) -> list[tuple[int, int]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     dtensor: DTensor = parameter  # type: ignore[assignment]
+    for i, placement in enumerate(dtensor.placements):
+        # FSDP says so of a dimension that tensor parallelism has cut before it. Any other factor
+        # means that this rank has every so-and-so-many-th index, which is no rectangle.
+        factor, dim = getattr(placement, "split_factor", 1), getattr(placement, "dim", None)
+        inner = [
+            dtensor.device_mesh.size(j)
+            for j, other in enumerate(dtensor.placements)
+            if j > i and getattr(other, "dim", None) == dim
+        ]
+        if factor not in (1, math.prod(inner)):
+            raise RuntimeError(
+                f"A parameter of shape {tuple(parameter.shape)} is sharded by {placement}, of "
+                "which a rank's part has gaps. Shard with fully_shard or parallelize_module."
+            )
     sizes, begins = compute_local_shape_and_global_offset(
         dtensor.shape, dtensor.device_mesh, dtensor.placements
     )

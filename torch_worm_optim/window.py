@@ -35,13 +35,13 @@ class Window:
 
     def __init__(self, numels: Sequence[int], n_masks: int) -> None:
         self.numels, self.n_masks = list(numels), n_masks
-        # One word more than needed, so that a representative without entries has one as well.
+        # At least one word each, since numpy cannot sum up an empty run of words.
         ends = np.cumsum([0, *(numel // _WORD + 1 for numel in self.numels)])
         self._starts = ends[:-1]
         self._rows = [np.zeros(ends[-1], dtype=np.uint64) for _ in range(n_masks)]  # newest first
 
     def push(self, mask: Tensor) -> None:
-        """Take in a mask as the newest; the oldest falls out.
+        """Add a mask as the newest; the oldest falls out.
 
         Args:
             mask: Bool tensor of shape ``(sum(numels),)``, **True = kept**, on any device.
@@ -90,7 +90,7 @@ class Window:
         return rows
 
     def from_bytes(self, index: int, rows: Sequence[Tensor]) -> None:
-        """Take over what :meth:`to_bytes` returned.
+        """Restore what :meth:`to_bytes` returned.
 
         Args:
             index: Which representative.

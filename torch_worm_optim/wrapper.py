@@ -1,8 +1,7 @@
 """An optimizer that is another one, as far as anything that uses an optimizer can tell.
 
 Schedulers, gradient scalers, trainers and checkpointers check for ``torch.optim.Optimizer``, call
-private hooks, copy, pickle and replace methods. All that they expect of a wrapper is in this file,
-and nothing else is.
+private hooks, copy, pickle and replace methods. All that they expect of a wrapper is in this file.
 """
 
 from __future__ import annotations
@@ -30,8 +29,12 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(self, base_optim: Optimizer) -> None:
         # Optimizer.__init__ would build a second `param_groups`. Its __setstate__, made for
-        # unpickling, makes the hook dicts and patches `step` so that hooks fire, and no more.
+        # unpickling, makes the hook dicts and patches `step` so that hooks fire. It also adds a key
+        # to the defaults, which are the base's.
+        known = set(base_optim.defaults)
         self.__setstate__({"base_optim": base_optim})
+        for key in base_optim.defaults.keys() - known:
+            del base_optim.defaults[key]
 
     # Properties, since a copied reference goes stale as soon as the base loads a checkpoint; with
     # setters, since trainers assign to them.
@@ -171,7 +174,7 @@ class OptimizerWrapper(Optimizer):
 
 @contextlib.contextmanager
 def _global_hooks_skipping(base: Optimizer) -> Iterator[None]:
-    """Let the global step hooks pass over ``base``: they have seen this step at the wrapper.
+    """Skip global step hooks for ``base``, since they already ran for this step on the wrapper.
 
     The hooks are exchanged, not taken out, so that they still fire for another optimizer that steps
     meanwhile, and may be removed meanwhile.
