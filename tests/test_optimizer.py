@@ -487,6 +487,19 @@ def test_masks_may_be_drawn_in_inference_mode(truncate):
 
 
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
+def test_a_step_may_be_taken_in_inference_mode(truncate):
+    """What a step makes there is made anew outside of it."""
+    model, opt = at_phase(Phase.TRUNCATING, truncate=truncate)
+    loss_of(model, 0).backward()
+    opt.sample()
+    with torch.inference_mode():
+        opt.step()
+    train(model, opt, range(100, 102))
+
+    assert opt.phase.value in ("truncating", "converged")
+
+
+@pytest.mark.parametrize("truncate", ["gradient", "update"])
 def test_the_dtype_may_change_while_truncating(truncate):
     """What a step keeps of a mask follows the parameters to another dtype, and keeps the mask."""
     model, opt = at_phase(Phase.TRUNCATING, base="SGD", truncate=truncate, truncation=0.0)

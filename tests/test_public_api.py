@@ -37,7 +37,10 @@ def test_all_names_are_there_and_no_others():
         "RecurrentSelector",
         "Representative",
         "Selector",
+        "ShrinkReport",
         "WormOptimizer",
+        "load_shrunk_",
+        "shrink_",
     }
     assert torch_worm_optim.__version__.count(".") == 2
 

@@ -9,6 +9,9 @@ from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
 from torch_worm_optim.selectors import RecurrentSelector as RecurrentSelector
 from torch_worm_optim.selectors import Representative as Representative
 from torch_worm_optim.selectors import Selector as Selector
+from torch_worm_optim.shrinking import ShrinkReport as ShrinkReport
+from torch_worm_optim.shrinking import load_shrunk_ as load_shrunk_
+from torch_worm_optim.shrinking import shrink_ as shrink_
 
 __version__ = "0.1.0"
 
@@ -21,5 +24,8 @@ __all__ = [
     "RecurrentSelector",
     "Representative",
     "Selector",
+    "ShrinkReport",
     "WormOptimizer",
+    "load_shrunk_",
+    "shrink_",
 ]

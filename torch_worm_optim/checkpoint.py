@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_worm_optim.layout import Layout
 from torch_worm_optim.search import MaskSample, Phase
 from torch_worm_optim.selectors import canonical_name
+from torch_worm_optim.shrunk import Shrunk
 from torch_worm_optim.window import Window
 
 RECORD_KEY = "worm"
@@ -36,6 +38,7 @@ class SearchState:
         fading_steps: Steps until it is, while removed entries fade; else 0.
         history: All samples, oldest first.
         window: The masks that the next one is compared with.
+        shrunk: The ticket of a network that is shrunk; else None.
     """
 
     step: int
@@ -43,6 +46,7 @@ class SearchState:
     fading_steps: int
     history: list[MaskSample]
     window: Window
+    shrunk: Shrunk | None = None
 
     @property
     def phase(self) -> Phase:
@@ -86,9 +90,16 @@ def with_record(
                 for sample in search.history
             ]
         ),
-        "window": _saved_window(search.window, layout),
+        "window": {} if search.shrunk else _saved_window(search.window, layout),
         "identity": json.dumps(identity),
     }
+    if search.shrunk is not None:
+        groups[0][RECORD_KEY]["shrunk"] = {
+            "final_mask": search.shrunk.final_mask,
+            "ticket": search.shrunk.ticket,
+            "kept": {name: list(indices) for name, indices in search.shrunk.kept.items()},
+            "groups": search.shrunk.groups,
+        }
     return {**state_dict, "param_groups": groups}
 
 
@@ -115,6 +126,7 @@ def _load_window(saved: Any, layout: Layout, n_masks: int) -> Window:
             not isinstance(rows, (list, tuple))
             or len(rows) != n_rows
             or any(not isinstance(row, Tensor) or tuple(row.shape) != shape for row in rows)
+            or any(row.dtype != torch.uint8 for row in rows)
         ):
             raise ValueError(
                 f"The checkpoint's window of masks has no {n_rows} tensors of shape {shape} for "
@@ -177,6 +189,74 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
     Raises:
         ValueError: If the record is truncated or malformed, of another version, or for other masks.
     """
+    search, saved_identity = _read_plain_parts(record)
+    for key, expected in json.loads(json.dumps(identity)).items():
+        saved = saved_identity.get(key)
+        if saved != expected:
+            raise ValueError(
+                f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, that "
+                f"of this search is {_brief(expected)}. Build the model and WormOptimizer as they "
+                "were when it was saved."
+            )
+    if any(len(sample.distances) not in (0, n_masks - 1) for sample in search.history):
+        raise ValueError(
+            "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
+        )
+    search.window = _load_window(record["window"], layout, n_masks)
+    return search
+
+
+def record_is_shrunk(record: Any) -> bool:
+    """Whether a record is of a search whose network was shrunk."""
+    return isinstance(record, dict) and "shrunk" in record
+
+
+def read_shrunk_record(record: Any, layout: Layout, window: Window) -> SearchState:
+    """The search in a record of a shrunk network, checked against the network that there is.
+
+    Args:
+        record: What :func:`without_record` found.
+        layout: Where the entries are, in a network of the shrunk one's shapes.
+        window: Any window; none is compared with any more.
+
+    Returns:
+        The search as it was saved.
+
+    Raises:
+        ValueError: If the record is malformed, or the network does not have its shapes.
+    """
+    search, identity = _read_plain_parts(record)
+    saved = record["shrunk"]
+    try:
+        shrunk = Shrunk(
+            dict(saved["final_mask"]),
+            dict(saved["ticket"]),
+            {name: tuple(indices) for name, indices in saved["kept"].items()},
+            {name: int(n) for name, n in saved["groups"].items()},
+            identity,
+        )
+        shapes = {name: tuple(shrunk.mask(name).shape) for name in shrunk.ticket}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"The checkpoint's record of the shrunk network cannot be read ({error!r}): load an "
+            "earlier checkpoint."
+        ) from error
+    for name, shape in shapes.items():
+        try:
+            actual = tuple(layout.parameter(name).shape)
+        except AttributeError:
+            actual = ()
+        if actual != shape:
+            raise ValueError(
+                f"The checkpoint is of a shrunk network, in which {name!r} has shape {shape}; it "
+                f"has {actual} in this one. Load the model's state_dict with load_shrunk_() first."
+            )
+    search.window, search.shrunk = window, shrunk
+    return search
+
+
+def _read_plain_parts(record: Any) -> tuple[SearchState, dict[str, Any]]:
+    """All of a record but its window, and what its masks depend on."""
     keys = ("version", "step", "pruned", "history", "window", "identity")
     missing = [key for key in keys if not isinstance(record, dict) or key not in record]
     if missing:
@@ -207,24 +287,12 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
             f"The checkpoint's record of the search cannot be read ({error}): load an earlier "
             "checkpoint."
         ) from error
-    for key, expected in json.loads(json.dumps(identity)).items():
-        saved = saved_identity.get(key)
-        if saved != expected:
-            raise ValueError(
-                f"The checkpoint was saved for other masks: its `{key}` is {_brief(saved)}, that "
-                f"of this search is {_brief(expected)}. Build the model and WormOptimizer as they "
-                "were when it was saved."
-            )
     if (record["pruned"] or fading_steps) and not (history and history[-1].phase.converged):
         raise ValueError(
             "The checkpoint says that its ticket is applied, and has none: load an earlier one."
         )
-    if any(len(sample.distances) not in (0, n_masks - 1) for sample in history):
-        raise ValueError(
-            "The checkpoint's history does not fit its window of masks: load an earlier checkpoint."
-        )
-    window = _load_window(record["window"], layout, n_masks)
-    return SearchState(step, bool(record["pruned"]), fading_steps, history, window)
+    window = Window([], 2)
+    return SearchState(step, bool(record["pruned"]), fading_steps, history, window), saved_identity
 
 
 def _brief(value: object) -> str:

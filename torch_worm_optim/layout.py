@@ -175,11 +175,14 @@ class Layout:
             for part in representative.reached
         ]
 
-    def parameter_masks(self, masks: Sequence[Tensor]) -> dict[str, Tensor]:
+    def parameter_masks(
+        self, masks: Sequence[Tensor], *, followers: bool = False
+    ) -> dict[str, Tensor]:
         """The masks of representatives in the shape of their parameters, by name.
 
         Args:
             masks: For each representative the mask of its entries or units on this rank.
+            followers: Whether to return those of followers as well.
 
         Returns:
             Bool tensors, DTensors for parameters that are DTensors; entries that are not ranked are
@@ -189,10 +192,13 @@ class Layout:
         for representative, shard, mask in zip(
             self.representatives, self.shards(), masks, strict=True
         ):
-            for part in representative.ranked:
+            for part in representative.reached if followers else representative.ranked:
                 parameter = local_tensor(self.parameter(part.name))
                 if part.name not in full:
-                    full[part.name] = torch.ones_like(parameter, dtype=torch.bool)
+                    contiguous = torch.contiguous_format
+                    full[part.name] = torch.ones_like(
+                        parameter, dtype=torch.bool, memory_format=contiguous
+                    )
                 _write(part, shard, mask, full[part.name])
         return {name: as_dtensor_like(self.parameter(name), mask) for name, mask in full.items()}
 

@@ -17,15 +17,19 @@ from torch_worm_optim.checkpoint import (
     RECORD_KEY,
     SearchState,
     read_record,
+    read_shrunk_record,
+    record_is_shrunk,
     with_record,
     without_record,
 )
-from torch_worm_optim.layout import Layout, Target
+from torch_worm_optim.layout import Layout
 from torch_worm_optim.masks import compute_mask, sum_over_ranks
 from torch_worm_optim.notices import warn_user
 from torch_worm_optim.search import MaskSample, Phase, StoppingRule, decide
 from torch_worm_optim.selectors import Selector, canonical_name, default_selector, select
 from torch_worm_optim.sharding import reshard_
+from torch_worm_optim.shrinking import ShrinkReport, shrink_
+from torch_worm_optim.shrunk import Shrunk
 from torch_worm_optim.truncation import (
     Entries,
     Faded,
@@ -223,9 +227,9 @@ class WormOptimizer(OptimizerWrapper):
 
         Raises:
             ValueError: If a mask is due and a representative parameter is NaN or infinite. The step
-                itself was taken; the search is as it was before it.
+                was taken and counted; no mask was drawn.
             RuntimeError: If a CUDA graph is being captured, or if a parameter that the mask applies
-                to was reparametrised under the search.
+                to was reparametrised after the search began.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
@@ -244,22 +248,23 @@ class WormOptimizer(OptimizerWrapper):
         if strategy is None:
             loss = base_step(closure)
         else:
-            targets = self._layout.targets()
-            entries = self._entries(targets)
+            entries = self._entries()
             loss = strategy.step(base_step, closure, entries)
-            if phase is Phase.TRUNCATING:
-                self._warn_if_inert(targets)
         self._search.step += 1
         if phase is Phase.FADING:
             self._fade_(entries)
+        if phase is Phase.TRUNCATING and strategy is not None:
+            self._warn_if_inert(entries)
         if not phase.converged and self._is_due():
             self.sample()
         return loss
 
-    def _entries(self, targets: list[Target]) -> list[Entries]:
+    def _entries(self) -> list[Entries]:
         """The entries that the newest mask applies to. It is unpacked once, and only if needed."""
+        if self._search.shrunk is not None:
+            return self._search.shrunk.entries(self._layout)
         masks = functools.cache(self._search.window.newest)
-        return [target.entries(masks) for target in targets]
+        return [target.entries(masks) for target in self._layout.targets()]
 
     def _is_due(self) -> bool:
         """Whether the schedule asks for a mask after this step."""
@@ -269,9 +274,9 @@ class WormOptimizer(OptimizerWrapper):
             return bool(self._sample_every(self._search.step))
         return self._search.step % self._sample_every == 0
 
-    def _warn_if_inert(self, targets: list[Target]) -> None:
+    def _warn_if_inert(self, entries: list[Entries]) -> None:
         """Warn, once, if nothing was truncated because there were no gradients."""
-        if all(target.parameter.grad is None for target in targets):
+        if all(each.gradient() is None for each in entries):
             self._warn_once(
                 "no gradients",
                 "No representative parameter has a gradient at step(), so nothing is truncated. "
@@ -334,6 +339,8 @@ class WormOptimizer(OptimizerWrapper):
 
     def _fit_window(self) -> None:
         """Have the window hold what this rank has: sharding may have come after it was made."""
+        if self._search.shrunk is not None:
+            return
         numels = self._layout.local_numels()
         if self._search.window.numels == numels:
             return
@@ -404,7 +411,7 @@ class WormOptimizer(OptimizerWrapper):
         if phase is Phase.PRUNED:
             return
         self._fit_window()
-        entries = self._entries(self._layout.targets())
+        entries = self._entries()
         if over == 0:
             self._hold_at_zero_(entries)
             return
@@ -427,6 +434,71 @@ class WormOptimizer(OptimizerWrapper):
         self._held_at_zero.apply_(entries)
         self._search.pruned, self._search.fading_steps = True, 0
         self._log_change(phase)
+
+    @_untraced
+    def shrink(self, *args: Any, scatter: bool = False, **kwargs: Any) -> ShrinkReport:
+        """Cut what the ticket has removed out of the network, in place, and train on.
+
+        Channels that are zero go, and what they are read by: exactly, so that the network computes
+        and learns what it did, at the speed of the smaller one. Parameters stay the objects that
+        they are, and the base optimizer's state is cut as they are. What has to stay zero for now,
+        such as channels of a residual stream that other layers write to, is held on.
+        :attr:`final_mask` and :attr:`ticket` keep the shapes that they had.
+
+        Args:
+            *args: One batch for the model, which is run in evaluation mode.
+            scatter (bool, optional): Whether BatchNorms that write into a wider residual stream are
+                narrowed too, see :func:`~torch_worm_optim.shrink_` (default: False).
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            The :class:`~torch_worm_optim.ShrinkReport`.
+
+        Raises:
+            RuntimeError: If the network is not pruned, is sharded or wrapped in
+                DistributedDataParallel, or would compute something else. Model and optimizer are
+                left as they were.
+
+        Example:
+            >>> bn = nn.BatchNorm1d(4)
+            >>> model = nn.Sequential(nn.Linear(2, 4), bn, nn.ReLU(), nn.Linear(4, 1))
+            >>> _ = bn.weight.data.copy_(torch.tensor([1.0, 4.0, 2.0, 3.0]))
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> opt = WormOptimizer(sgd, model, sample_every=None, window=2)
+            >>> _ = opt.sample(), opt.sample()
+            >>> opt.prune()
+            >>> print(opt.shrink(torch.ones(1, 2)))
+            parameters 25 -> 13 (48 % gone)
+            multiplications 12 -> 6 (50 % gone)
+            zero channels: 2 of 2 gone
+            >>> model[0].out_features, opt.final_mask["1.weight"]
+            (2, tensor([False,  True, False,  True]))
+        """
+        if self.phase is Phase.FADING:
+            raise RuntimeError(
+                f"What the ticket removes is still fading: take {self._search.fading_steps} more "
+                "steps, or call prune() to be done at once, and shrink then."
+            )
+        if self.phase is not Phase.PRUNED:
+            raise RuntimeError(
+                f"There is nothing to shrink yet: the search is {self.phase.value}. Call prune() "
+                "once `opt.converged`, and shrink then."
+            )
+        final_mask, ticket = self.final_mask, self.ticket
+        if final_mask is None or ticket is None:
+            raise RuntimeError("The search is pruned and has no ticket. Load a whole checkpoint.")
+        identity = self._masks_identity()
+        report = shrink_(
+            self._layout.model, args, kwargs, optimizer=self.base_optim, scatter=scatter
+        )
+        self._search.shrunk = Shrunk.after(
+            report, final_mask, ticket, identity, self._search.shrunk
+        )
+        self._clear_strategies()
+        logger.info(
+            "step %d: shrunk from %d parameters to %d", self._search.step, *report.parameters
+        )
+        return report
 
     def _log_change(self, before: Phase, details: str = "") -> None:
         """Log that the phase is another one than before, if it is."""
@@ -468,8 +540,24 @@ class WormOptimizer(OptimizerWrapper):
         """The newest mask in the form of :attr:`final_mask`; None before the first sample."""
         if not self._search.history:
             return None
+        if self._search.shrunk is not None:
+            return {name: mask.clone() for name, mask in self._search.shrunk.final_mask.items()}
         self._fit_window()
         return self._layout.parameter_masks(self._search.window.newest())
+
+    @property
+    def ticket(self) -> dict[str, Tensor] | None:
+        """:attr:`final_mask` and the masks of its followers: what :meth:`prune` sets to zero.
+
+        It is what :func:`~torch_worm_optim.pruning.apply_ticket_` takes to prune another copy of
+        the weights. None before the ticket is found.
+        """
+        if not self.converged:
+            return None
+        if self._search.shrunk is not None:
+            return {name: mask.clone() for name, mask in self._search.shrunk.ticket.items()}
+        self._fit_window()
+        return self._layout.parameter_masks(self._search.window.newest(), followers=True)
 
     def __repr__(self) -> str:
         """The phase, the last distances and the base optimizer."""
@@ -478,8 +566,8 @@ class WormOptimizer(OptimizerWrapper):
             f"phase: {self.phase.value}" + f" (steps left: {fading_steps})" * bool(fading_steps),
             f"step: {self._search.step}",
             f"masks drawn: {len(self._search.history)} (window: {self._rule.window})",
-            f"ranked entries: {sum(self._layout.numels())} of "
-            f"{len(self._layout.representatives)} parameters",
+            f"ranked entries: {sum(self._search.window.numels)} of "
+            f"{len(self._layout.representatives)} representatives",
         ]
         last = self._search.history[-1] if self._search.history else None
         if last is not None and last.max_distance is not None:
@@ -496,14 +584,23 @@ class WormOptimizer(OptimizerWrapper):
     # ---- checkpoints
 
     def _with_own_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The base optimizer's state with the search in it, see `checkpoint`."""
         self._fit_window()
         return with_record(state_dict, self._search, self._masks_identity(), self._layout)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        """Check a checkpoint whole, and then load it."""
         plain, record = without_record(state_dict)
         n_masks = self._rule.window
         if record is None:  # the plain base optimizer's
             search = SearchState(0, False, 0, [], Window(self._layout.local_numels(), n_masks))
+        elif record_is_shrunk(record):
+            search = read_shrunk_record(record, self._layout, self._search.window)
+        elif self._search.shrunk is not None:
+            raise ValueError(
+                "The checkpoint is of the network before it was shrunk. Build the network and "
+                "WormOptimizer anew, and load it there."
+            )
         else:
             search = read_record(record, self._masks_identity(), self._layout, n_masks)
         self.base_optim.load_state_dict(plain)
@@ -513,6 +610,8 @@ class WormOptimizer(OptimizerWrapper):
 
     def _masks_identity(self) -> dict[str, Any]:
         """What the masks depend on; two searches that differ in it cannot share a window."""
+        if self._search.shrunk is not None:
+            return self._search.shrunk.identity
         representatives = self._layout.representatives
         return {
             "parameters": [

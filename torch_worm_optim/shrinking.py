@@ -173,13 +173,8 @@ def shrink_(
         >>> with torch.no_grad():
         ...     _ = model[1].weight[0].zero_()
         >>> _ = shrink_(model, torch.ones(4, 2))
-        >>> model
-        Sequential(
-          (0): Linear(in_features=2, out_features=2, bias=True)
-          (1): BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-          (2): ReLU()
-          (3): Linear(in_features=2, out_features=1, bias=True)
-        )
+        >>> model[0].out_features, model[1].num_features, model[3].in_features
+        (2, 2, 2)
     """
     _refuse_wrapped(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has around it
@@ -292,7 +287,7 @@ class _Cut:
                 )
                 smaller = cut_tensor(named[name], tensors, self.groups.get(name, 1))
                 named[name].set_(smaller)  # type: ignore[call-overload]
-                self.kept[name] = _composed(self.kept.get(name), tensors)
+                self.kept[name] = composed(self.kept.get(name), tensors)
         _fit_modules(self.model)
 
     def undo(self) -> None:
@@ -412,8 +407,17 @@ def cut_tensor(tensor: Tensor, kept: Kept, groups: int = 1) -> Tensor:
     return result
 
 
-def _composed(first: Kept | None, second: Kept) -> Kept:
-    """What stays of a tensor that is cut twice, in the indices that it had at first."""
+def composed(first: Kept | None, second: Kept) -> Kept:
+    """What stays of a tensor that is cut twice, in the indices that it had at first.
+
+    Args:
+        first: What stayed the first time, or None if it was not cut.
+        second: What stayed the second time.
+
+    Example:
+        >>> composed((torch.tensor([0, 2, 3]),), (torch.tensor([1, 2]),))
+        (tensor([2, 3]),)
+    """
     if first is None:
         return second
     return tuple(

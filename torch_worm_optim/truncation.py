@@ -12,6 +12,7 @@ What a strategy keeps between steps is derived from the newest mask and is made 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -246,7 +247,8 @@ def scale_gradients_(gradients: Sequence[Tensor | None], multipliers: Sequence[T
         >>> gradient
         tensor([2., 1.])
     """
-    dense: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    dense: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    n_seen: Counter[int] = Counter()
     for gradient, multiplier in zip(gradients, multipliers, strict=True):
         if gradient is None:
             continue
@@ -254,7 +256,11 @@ def scale_gradients_(gradients: Sequence[Tensor | None], multipliers: Sequence[T
             # Scaling is linear, so values that are not yet coalesced may be scaled one by one.
             gradient._values().mul_(multiplier[tuple(gradient._indices())])
         else:
-            alike = dense.setdefault((gradient.device, gradient.dtype), ([], []))
+            # Two parts of a sharded parameter may be the same memory. One operator may handle the
+            # tensors of a list at the same time, so they go into two.
+            n_seen[gradient.data_ptr()] += 1
+            kind = gradient.device, gradient.dtype, n_seen[gradient.data_ptr()]
+            alike = dense.setdefault(kind, ([], []))
             alike[0].append(gradient)
             alike[1].append(multiplier)
     for pair in dense.values():
@@ -316,5 +322,7 @@ def _fit(tensors: Sequence[Tensor], entries: Sequence[Entries]) -> bool:
         tensor.shape == each.weights.shape
         and tensor.device == each.weights.device
         and tensor.dtype in (torch.bool, each.weights.dtype)
+        # One that was made in inference mode cannot be written to outside of it.
+        and (torch.is_inference_mode_enabled() or not tensor.is_inference())
         for tensor, each in zip(tensors, entries, strict=True)
     )
