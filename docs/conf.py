@@ -37,7 +37,7 @@ doctest_default_flags = __import__("doctest").ELLIPSIS | __import__("doctest").N
 # Our own names are all checked. Names of torch and of the standard library are not: their
 # inventories are on the web, and these pages build without it.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|collections|re|enum)\..+"),
+    ("py:.*", r"(torch|nn|numpy|collections|re|enum)\..+"),
     ("py:class", r"Tensor|Optimizer|Closure|Callable|Sequence|Mapping|Iterable|Any"),
     ("py:.*", r"(lightning|transformers)\..+"),
     ("py:class", r"Trainer\w*|TrainingArguments|LightningModule|Callback"),
