@@ -66,18 +66,22 @@ def training_difference(before: nn.Module, after: nn.Module, images: Tensor) -> 
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
 
 
-def try_one(name: str, scatter: bool) -> dict[str, object]:
+def try_one(name: str, scatter: bool, largest: int) -> dict[str, object]:
     """What came of one network."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()
     wanted = model.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
     for size in dict.fromkeys((64, 128, wanted)):
+        if size > largest:
+            break
         try:
             with torch.no_grad():
                 model(torch.randn(2, 3, size, size))
             break
         except Exception:  # too small for this network
             continue
+    if size > largest:
+        return {"name": name, "outcome": "not tried", "why": f"needs images of {size} pixels"}
     zero_half(model)
     before = copy.deepcopy(model)
     row: dict[str, object] = {"name": name, "size": size}
@@ -110,6 +114,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="names or patterns (default: all of timm)")
     parser.add_argument("--scatter", action="store_true")
     parser.add_argument("--most", type=float, default=150, help="millions of parameters, at most")
+    parser.add_argument("--largest", type=int, default=288, help="pixels of an image, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/every_shrink.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -136,7 +141,7 @@ def main() -> None:
             row = {"name": name, "outcome": "not tried", "why": f"{n_millions:.0f} M parameters"}
         else:
             try:
-                row = try_one(name, args.scatter)
+                row = try_one(name, args.scatter, args.largest)
             except Exception as error:
                 row = {"name": name, "outcome": "failed", "why": f"{type(error).__name__}: {error}"}
         with args.out.open("a") as file:
