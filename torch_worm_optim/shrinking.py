@@ -548,7 +548,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise RuntimeError(
             "The model is wrapped in DistributedDataParallel, which has planned its messages for "
             "the sizes that parameters have. Shrink its `.module` on every rank, and wrap that "
-            "anew."
+            "anew. A WormOptimizer shrinks the model that it was built with: build it with "
+            "`.module`; docs/distributed.md shows how, also for one that is built already."
         )
 
 
