@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from training import BASES, same, small_cnn, weights_of
 
-from torch_worm_optim import Phase, WormOptimizer
+from torch_worm_optim import Phase, WormOptimizer, load_shrunk_
+from torch_worm_optim.integrations import reports
 
 # Truncating from step 2 on; the ticket is the sixth mask, of step 12, wherever it lies.
 SEARCH = {"sample_every": 2, "window": 6, "stopping_point": 1.0, "trigger": "always"}
@@ -209,9 +210,12 @@ def lightning_module(make=MOMENTUM, manual=False, **options):
             self.worm = WormOptimizer(base, self, **{**SEARCH, **options})
             return self.worm
 
+        def forward(self, images):
+            return self.net(images)
+
         def training_step(self, batch, batch_idx):
             images, labels = batch
-            loss = nn.functional.cross_entropy(self.net(images), labels)
+            loss = nn.functional.cross_entropy(self(images), labels)
             if not manual:
                 return loss
             opt = self.optimizers()
@@ -346,13 +350,14 @@ def logged_by_lightning():
 
         def __init__(self):
             super().__init__()
-            self.rows = []
+            self.rows, self.shrunk = [], []
 
         def log_hyperparams(self, *args, **kwargs):
             pass
 
         def log_metrics(self, metrics, step=None):
             self.rows += [(step, metrics)] if "worm/phase" in metrics else []
+            self.shrunk += [(step, metrics)] if "worm/parameters_after" in metrics else []
 
     return Remembering()
 
@@ -432,6 +437,168 @@ def test_lightning_callback_goes_on_after_a_resume(tmp_path):
     trainer.fit(lightning_module(), loader(0, 5), ckpt_path=path)
     assert trainer.global_step <= 13
     assert third.rows == []
+
+
+def train_and_shrink(data, over, *, accumulate=1, rate=None, **options):
+    """The plain loop that prunes at the ticket and shrinks once pruned; and what that reported.
+
+    ``rate`` makes a schedule over optimizer steps.
+    """
+    net, opt = build()
+    schedule, report = rate and rate(opt), None
+    for first in range(0, len(data), accumulate):
+        train_plainly(net, opt, data[first : first + accumulate], accumulate=accumulate, **options)
+        if schedule is not None:
+            schedule.step()
+        if opt.converged:
+            opt.prune(over)
+        if opt.phase is Phase.PRUNED and report is None:
+            report = opt.shrink(data[0][0][:1])
+    return net, opt, report
+
+
+def assert_shrunk_once(net, logged, report, step):
+    """The network has lost half of its channels, and the report was logged once, at that step."""
+    assert net[0].out_channels + net[3].out_channels == 10
+    assert [at for at, _ in logged] == [step]
+    row = {name: value for name, value in logged[0][1].items() if name.startswith("worm/")}
+    assert row.pop("worm/max_difference") < 1e-5
+    assert row["worm/parameters_after"] < row["worm/parameters_before"] == 1015
+    expected = report.as_dict()
+    del expected["max_difference"]  # That depends on the example.
+    assert row == {f"worm/{name}": value for name, value in expected.items()}
+
+
+def linear_rate(opt):
+    """A schedule that the steps after shrinking depend on."""
+    return torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, total_iters=16)
+
+
+@lightning_warns
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("over", [0, 3])
+def test_lightning_callback_shrinks_once(over, accumulate):
+    """Accumulation, scaler, clipping and schedule go on in the smaller network, bit for bit."""
+    callback = callback_for("lightning")
+    from lightning.pytorch.plugins import MixedPrecision
+
+    logger, module = logged_by_lightning(), lightning_module()
+    make = module.configure_optimizers
+
+    def with_schedule():
+        opt = make()
+        return [opt], [{"scheduler": linear_rate(opt), "interval": "step"}]
+
+    module.configure_optimizers = with_schedule
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    lightning_trainer(
+        logger=logger,
+        callbacks=[callback("shrink", over=over)],
+        plugins=[precision],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=1.0,
+    ).fit(module, loader(0, 16 * accumulate))
+
+    net, opt, report = train_and_shrink(
+        batches(0, 16 * accumulate),
+        over,
+        accumulate=accumulate,
+        rate=linear_rate,
+        bf16=True,
+        clip=1.0,
+        scaler=torch.amp.GradScaler("cpu", init_scale=4.0),
+    )
+    assert_same_lightning_run(module, net, opt)
+    assert_shrunk_once(module.net, logger.shrunk, report, 12 + over)
+    assert_reports(logger.rows, module.worm, 3 if over else 4)
+
+
+@lightning_warns
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_lightning_resumes_a_run_that_shrinks(tmp_path, epochs):
+    """Stopped before shrinking or after it, a run goes on bit for bit, and shrinks once in all."""
+    path = tmp_path / "run.ckpt"
+
+    def run(last, checkpoint=None):
+        logger, module = logged_by_lightning(), lightning_module()
+        if checkpoint is not None and epochs == 3:
+            load_shrunk_(module, torch.load(checkpoint, weights_only=True)["state_dict"])
+        callback = callback_for("lightning")("shrink")
+        trainer = lightning_trainer(max_epochs=last, logger=logger, callbacks=[callback])
+        trainer.fit(module, loader(0, 5), ckpt_path=checkpoint)
+        trainer.save_checkpoint(path)
+        return module, logger.shrunk
+
+    whole, row = run(4)
+    _, first = run(epochs)
+    resumed, second = run(4, path)
+    assert_same_run(whole, whole.worm, resumed, resumed.worm)
+    assert resumed.net[0].out_channels + resumed.net[3].out_channels == 10
+    assert [step for step, _ in row] == [step for step, _ in first + second] == [12]
+
+
+@lightning_warns
+@pytest.mark.parametrize("source", ["tensor", "tuple", "dict", "example_input_array", "batch"])
+def test_lightning_callback_finds_inputs(source):
+    """What is passed comes first, then the module's example, then one example of a batch."""
+    module, seen = lightning_module(), []
+    images = torch.zeros(3, 1, 6, 6)
+    inputs = {"tensor": images, "tuple": (images,), "dict": {"images": images}}.get(source)
+    if source != "batch":
+        module.example_input_array = images if inputs is None else torch.zeros(2, 5)
+    module.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            None if module.training else seen.append((*args, *kwargs.values())[0])
+        ),
+        with_kwargs=True,
+    )
+    callback = callback_for("lightning")("shrink", inputs=inputs)
+    lightning_trainer(callbacks=[callback]).fit(module, loader(0, 13))
+
+    assert module.net[0].out_channels + module.net[3].out_channels == 10
+    expected = batches(0, 1)[0][0][:1] if source == "batch" else images
+    assert torch.equal(seen[0], expected)
+
+
+@lightning_warns
+def test_lightning_callback_shrinks_at_the_end_of_training():
+    """A ticket of after the last batch is acted upon too."""
+    module = lightning_module(sample_every=None, window=2)
+    module.on_train_epoch_end = lambda: module.worm.sample()
+    callback = callback_for("lightning")("shrink")
+    lightning_trainer(max_epochs=2, callbacks=[callback]).fit(module, loader(0, 2))
+
+    assert module.worm.phase is Phase.PRUNED
+    assert module.net[0].out_channels + module.net[3].out_channels == 10
+
+
+@lightning_warns
+def test_lightning_callback_says_why_it_does_not_shrink(monkeypatch):
+    """Shrinking that fails ends training, after the ticket is logged, or when that begins."""
+    callback = callback_for("lightning")
+    logger, module = logged_by_lightning(), lightning_module()
+    noise = torch.nn.Parameter(torch.zeros(1))
+    module.forward = lambda images: module.net(images) + noise.data.add_(1)
+    trainer = lightning_trainer(logger=logger, callbacks=[callback("shrink")])
+    with pytest.raises(RuntimeError, match="returns other outputs when it is called again"):
+        trainer.fit(module, loader(0, 16))
+    assert_reports(logger.rows, module.worm, 4)
+    assert logger.shrunk == []
+
+    words = torch.utils.data.DataLoader(["a", "b"])
+    trainer = lightning_trainer(callbacks=[callback("shrink")])
+    module = lightning_module()
+    module.training_step = lambda batch, batch_idx: module.net(batches(0, 1)[0][0]).sum()
+    with pytest.raises(ValueError, match=r"batch of type list .* Pass `inputs=`"):
+        trainer.fit(module, words)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    worm = build()[1]
+    with pytest.raises(RuntimeError, match=r'is for one process, and there are 2\. Pass "prune"'):
+        reports.Reporter(worm, "shrink")
+    reports.Reporter(worm, "prune")
 
 
 @lightning_warns
@@ -708,6 +875,57 @@ def test_transformers_callback_prunes_over_some_steps(tmp_path, over):
 
 
 @trainer_warns
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("over", [0, 3])
+def test_transformers_callback_shrinks_once(tmp_path, over, whole):
+    """Accelerate's wrapper and the schedule go on in the smaller network, also from a checkpoint.
+
+    The optimizer is built with the whole model, which is called with a dict, or with a part of it.
+    """
+    callback = callback_for("transformers")
+    runs = []
+    for checkpoint in (None, tmp_path / "checkpoint-15"):
+        classifier = Classifier()
+        if checkpoint is not None:
+            safetensors = pytest.importorskip("safetensors.torch")
+            load_shrunk_(classifier, safetensors.load_file(checkpoint / "model.safetensors"))
+        opt = worm_for_classifier(classifier)
+        if whole:
+            opt = WormOptimizer(MOMENTUM(classifier.parameters()), classifier, **SEARCH)
+        trainer, seen = hf_trainer(
+            tmp_path,
+            16,
+            classifier,
+            opt,
+            max_grad_norm=1.0,
+            lr_scheduler_type="linear",
+            save_strategy="steps",
+            save_steps=5,
+        )
+        images, labels = batches(0, 1)[0]
+        inputs = {"images": images[:1], "labels": labels[:1]} if whole else images[:1]
+        trainer.add_callback(callback(trainer, "shrink", over=over, inputs=inputs))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        shrunk = [
+            (row["step"], row)
+            for row in trainer.state.log_history
+            if "worm/parameters_after" in row
+        ]
+        runs.append((classifier.net, opt, shrunk, seen))
+
+    def rate(opt):
+        return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: max(0, (16 - step) / 16))
+
+    net, plain, report = train_and_shrink(runs[0][3], over, rate=rate, clip=1.0)
+    for its_net, opt, shrunk, _ in runs:
+        assert same(weights_of(its_net), weights_of(net))
+        assert opt.history == plain.history
+        assert opt.phase is Phase.PRUNED
+        assert_shrunk_once(its_net, shrunk, report, 12 + over)
+    assert trainer.optimizer.optimizer is opt
+
+
+@trainer_warns
 def test_transformers_callback_goes_on_after_a_resume(tmp_path):
     """Masks from before a checkpoint are not logged again; a search that has stopped stays so."""
     callback = callback_for("transformers")
@@ -741,6 +959,8 @@ def test_transformers_callback_needs_a_search_to_watch(tmp_path):
         callback(trainer, "halt")
     with pytest.raises(TypeError, match=r"`over` must be a whole number, got 'all' of type str"):
         callback(trainer, "prune", over="all")
+    with pytest.raises(ValueError, match='"shrink"` needs `inputs`, since the Trainer shows'):
+        callback(trainer, "shrink")
 
 
 # ---- timm

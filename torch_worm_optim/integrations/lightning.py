@@ -1,4 +1,4 @@
-"""A Lightning callback that logs the search, and stops training or prunes at the ticket."""
+"""A Lightning callback that logs the search, and stops, prunes or shrinks at the ticket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ except ImportError as error:
         f'({error}). Install it: pip install "torch-worm-optim[lightning]"'
     ) from error
 
-from torch_worm_optim.integrations.reports import Reporter, check_at_ticket, unwrapped
+from torch_worm_optim.integrations.reports import (
+    Reporter,
+    check_at_ticket,
+    one_example,
+    unwrapped,
+)
 from torch_worm_optim.optimizer import WormOptimizer
 
 
@@ -22,35 +27,56 @@ class WormCallback(Callback):
     Each mask drawn is logged once, at ``trainer.global_step``, whatever ``log_every_n_steps`` says:
     ``worm/phase`` (0 searching, 1 truncating, 2 converged, 3 fading, 4 pruned),
     ``worm/max_distance`` and ``worm/mean_distance``; with the ticket ``worm/ticket_step`` and, for
-    each parameter, the share that it keeps as ``worm/kept/<name>``. With several ``WormOptimizer``
-    the names begin with ``worm0/``, ``worm1/`` and so on, in the order of ``trainer.optimizers``.
+    each parameter, the share that it keeps as ``worm/kept/<name>``; once shrunk, the figures of the
+    :class:`~torch_worm_optim.ShrinkReport`, such as ``worm/parameters_after``. With several
+    ``WormOptimizer`` the names begin with ``worm0/``, ``worm1/`` and so on, in the order of
+    ``trainer.optimizers``.
 
     Args:
         at_ticket (str, optional): What to do once the ticket is found, all of them if there are
-            several optimizers: ``"continue"`` training, ``"stop"`` it, or ``"prune"`` and train on
-            (default: ``"continue"``). Each optimizer is pruned when its own ticket is found.
-        over (int, optional): Optimizer steps in which ``"prune"`` fades what the ticket removes to
-            zero; 0 is at once (default: 0).
+            several optimizers: ``"continue"`` training, ``"stop"`` it, ``"prune"`` and train on, or
+            prune, ``"shrink"`` once pruned, and train on (default: ``"continue"``). Each optimizer
+            is pruned when its own ticket is found.
+        over (int, optional): Optimizer steps in which ``"prune"`` and ``"shrink"`` fade what the
+            ticket removes to zero; 0 is at once (default: 0).
+        inputs (optional): What ``"shrink"`` calls the optimizer's model with: a tensor, a tuple of
+            positional arguments, or a dict of keyword arguments. None is the module's
+            ``example_input_array`` if it has one, else one example of the first batch: of its
+            first element if that is a tuple or list (default: None).
+        scatter (bool, optional): Passed on to :meth:`~torch_worm_optim.WormOptimizer.shrink`
+            (default: False).
 
     Raises:
         TypeError: If ``over`` is not a number.
-        ValueError: If ``at_ticket`` is none of the three, ``over`` not a whole number of at least
+        ValueError: If ``at_ticket`` is none of the four, ``over`` not a whole number of at least
             0, or, when training starts, if none of the trainer's optimizers is a
-            ``WormOptimizer``.
+            ``WormOptimizer`` or a batch does not say what to shrink with.
+        RuntimeError: If the network cannot be shrunk, or, when training starts, if it was to be on
+            several processes.
     """
 
-    def __init__(self, at_ticket: str = "continue", *, over: int = 0) -> None:
+    def __init__(
+        self,
+        at_ticket: str = "continue",
+        *,
+        over: int = 0,
+        inputs: Any = None,
+        scatter: bool = False,
+    ) -> None:
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
+        self.inputs, self.scatter = inputs, scatter
+        self._example: Any = None
         self._reporters: list[Reporter] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; checkpoints are loaded by now."""
         found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         self._reporters = [
-            Reporter(each, self.at_ticket, self.over)
+            Reporter(each, self.at_ticket, self.over, scatter=self.scatter)
             for each in found
             if isinstance(each, WormOptimizer)
         ]
+        self._example = pl_module.example_input_array if self.inputs is None else self.inputs
         if not self._reporters:
             raise ValueError(
                 "WormCallback needs a WormOptimizer among the trainer's optimizers, got "
@@ -67,6 +93,9 @@ class WormCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Log the masks that this batch's step drew, and act if one is the ticket."""
+        # The first batch already, so that one of no use says so before hours of training.
+        if self._example is None and any(reporter.shrinks for reporter in self._reporters):
+            self._example = one_example(batch)
         self._report(trainer)
         if all(reporter.stops for reporter in self._reporters):
             trainer.should_stop = True
@@ -78,7 +107,7 @@ class WormCallback(Callback):
     def _report(self, trainer: Trainer) -> None:
         for index, reporter in enumerate(self._reporters):
             prefix = "worm/" if len(self._reporters) == 1 else f"worm{index}/"
-            for report in reporter.news():
+            for report in reporter.news(self._example):
                 named = {name.replace("worm/", prefix, 1): value for name, value in report.items()}
                 for logger in trainer.loggers:
                     logger.log_metrics(named, step=trainer.global_step)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
 from torch_worm_optim.arguments import check_choice, check_count
 from torch_worm_optim.optimizer import WormOptimizer
 from torch_worm_optim.search import Phase
@@ -23,6 +30,34 @@ def unwrapped(optimizer: object) -> object:
     return optimizer
 
 
+def one_example(batch: Any) -> Any:
+    """The model's inputs for one example of a batch, to shrink with.
+
+    Args:
+        batch: What a loader gives: inputs, or a tuple or list whose first element they are. Inputs
+            are a tensor, or a dict of keyword arguments.
+
+    Returns:
+        A copy of the first row of each tensor; a batch would stay in memory as long as its rows.
+
+    Raises:
+        ValueError: If there is no telling what the inputs are.
+
+    Example:
+        >>> images, labels = torch.ones(8, 3), torch.ones(8)
+        >>> one_example((images, labels))
+        tensor([[1., 1., 1.]])
+    """
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(first, (Tensor, Mapping)):
+        raise ValueError(
+            f"A batch of type {type(batch).__name__} does not say what the model's inputs are, and "
+            "shrinking needs some. Pass `inputs=` to WormCallback."
+        )
+    first = dict(first) if isinstance(first, Mapping) else first
+    return tree_map_only(Tensor, lambda each: each[:1].clone() if each.dim() else each, first)
+
+
 class Reporter:
     """Watch one search: act at its ticket, and tell what is new since the last time.
 
@@ -30,14 +65,16 @@ class Reporter:
 
     Args:
         optimizer (WormOptimizer): Whose search to watch.
-        at_ticket (str): ``"continue"``, ``"stop"`` or ``"prune"``.
-        over (int, optional): Steps that ``"prune"`` takes, see :meth:`WormOptimizer.prune`
+        at_ticket (str): ``"continue"``, ``"stop"``, ``"prune"`` or ``"shrink"``.
+        over (int, optional): Steps that pruning takes, see :meth:`WormOptimizer.prune`
             (default: 0).
+        scatter (bool, optional): Passed on to :meth:`WormOptimizer.shrink` (default: False).
 
     Raises:
         TypeError: If ``over`` is not a number.
-        ValueError: If ``at_ticket`` is none of the three, or ``over`` not a whole number of at
+        ValueError: If ``at_ticket`` is none of the four, or ``over`` not a whole number of at
             least 0.
+        RuntimeError: If it is ``"shrink"``, and there are several processes.
 
     Example:
         >>> import torch
@@ -53,28 +90,43 @@ class Reporter:
         {'worm/phase': 0}
         {'worm/phase': 4, 'worm/max_distance': 0.0, 'worm/mean_distance': 0.0,
          'worm/ticket_step': 0, 'worm/kept/weight': 0.5}
-        >>> reporter.news()
+        >>> list(reporter.news())
         []
     """
 
-    def __init__(self, optimizer: WormOptimizer, at_ticket: str, over: int = 0) -> None:
+    def __init__(
+        self, optimizer: WormOptimizer, at_ticket: str, over: int = 0, *, scatter: bool = False
+    ) -> None:
         self.optimizer = optimizer
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
+        self.scatter = scatter
         self._n_told = len(optimizer.history)
+        # What a trainer wraps for several processes has planned its messages by then.
+        if at_ticket == "shrink" and _n_processes() > 1:
+            raise RuntimeError(
+                '`at_ticket="shrink"` is for one process, and there are '
+                f'{_n_processes()}. Pass "prune", and shrink when training is over.'
+            )
 
-    def news(self) -> list[dict[str, float]]:
-        """Prune if that is due, and return the reports on the masks drawn since the last call.
+    def news(self, inputs: Any = None) -> Iterator[dict[str, float]]:
+        """Prune if that is due, report on the masks drawn since the last call, and shrink if due.
 
-        Returns:
+        Args:
+            inputs (optional): What to shrink with: a tensor, a tuple of positional arguments, or a
+                dict of keyword arguments of the model. None never shrinks (default: None).
+
+        Yields:
             For each mask drawn: the phase as its index in :class:`Phase`, the largest and the mean
             distance once the window is full, and with the ticket its step and the share that it
-            keeps of each parameter.
+            keeps of each parameter. Once shrunk, the figures of the :class:`ShrinkReport`.
+
+        Raises:
+            RuntimeError: If the network cannot be shrunk, after all else is reported.
         """
-        if self.at_ticket == "prune" and self.optimizer.converged:
+        if self.at_ticket in ("prune", "shrink") and self.optimizer.converged:
             self.optimizer.prune(self.over)  # A second call lengthens nothing.
         samples = self.optimizer.history[self._n_told :]
         self._n_told += len(samples)
-        reports: list[dict[str, float]] = []
         for sample in samples:
             report: dict[str, float] = {"worm/phase": PHASES.index(sample.phase)}
             if sample.max_distance is not None and sample.mean_distance is not None:
@@ -86,8 +138,23 @@ class Reporter:
                 report["worm/ticket_step"] = sample.step
                 for name, mask in ticket.items():
                     report[f"worm/kept/{name}"] = int(mask.count_nonzero()) / mask.numel()
-            reports.append(report)
-        return reports
+            yield report
+        if inputs is not None and self.shrinks and self.optimizer.phase is Phase.PRUNED:
+            yield self._shrink(inputs)
+
+    def _shrink(self, inputs: Any) -> dict[str, float]:
+        """Shrink with inputs on the model's device, and return the figures."""
+        kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+        args = () if kwargs else inputs if isinstance(inputs, tuple) else (inputs,)
+        device = self.optimizer.param_groups[0]["params"][0].device
+        args, kwargs = tree_map_only(Tensor, lambda each: each.to(device), (args, kwargs))
+        report = self.optimizer.shrink(*args, scatter=self.scatter, **kwargs)
+        return {f"worm/{name}": value for name, value in report.as_dict().items()}
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the network is to be shrunk, now or later; once it is, a resumed one too, no."""
+        return self.at_ticket == "shrink" and self.optimizer._search.shrunk is None
 
     @property
     def stops(self) -> bool:
@@ -96,19 +163,27 @@ class Reporter:
 
 
 def check_at_ticket(at_ticket: str, over: int) -> tuple[str, int]:
-    """Refuse an ``at_ticket`` that is none of the three, and steps that cannot be counted.
+    """Refuse an ``at_ticket`` that is none of the four, and steps that cannot be counted.
 
     Args:
         at_ticket: What the user passed.
-        over: The steps that ``"prune"`` takes, as the user passed them.
+        over: The steps that pruning takes, as the user passed them.
 
     Returns:
         The same.
 
     Raises:
         TypeError: If ``over`` is not a number.
-        ValueError: If ``at_ticket`` is none of the three, or ``over`` not a whole number of at
+        ValueError: If ``at_ticket`` is none of the four, or ``over`` not a whole number of at
             least 0.
     """
-    at_ticket = check_choice("at_ticket", at_ticket, ("continue", "stop", "prune"))
+    at_ticket = check_choice("at_ticket", at_ticket, ("continue", "stop", "prune", "shrink"))
     return at_ticket, check_count("over", over, least=0)
+
+
+def _n_processes() -> int:
+    """How many processes train together."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer that logs the search, and stops or prunes at the ticket."""
+"""A callback of transformers' Trainer that logs the search, and acts at the ticket."""
 
 from __future__ import annotations
 
@@ -28,25 +28,50 @@ class WormCallback(TrainerCallback):
     Each mask drawn is logged once with ``trainer.log()``, whatever ``logging_steps`` says, and is
     in ``trainer.state.log_history`` too: ``worm/phase`` (0 searching, 1 truncating, 2 converged,
     3 fading, 4 pruned), ``worm/max_distance`` and ``worm/mean_distance``; with the ticket
-    ``worm/ticket_step`` and, for each parameter, the share that it keeps as ``worm/kept/<name>``.
+    ``worm/ticket_step`` and, for each parameter, the share that it keeps as ``worm/kept/<name>``;
+    once shrunk, the figures of the :class:`~torch_worm_optim.ShrinkReport`, such as
+    ``worm/parameters_after``.
 
     Args:
         trainer (Trainer): The Trainer that it is added to; callbacks are not told whose they are,
             and only ``trainer.log()`` reaches all that it reports to.
         at_ticket (str, optional): What to do once the ticket is found: ``"continue"`` training,
-            ``"stop"`` it, or ``"prune"`` and train on (default: ``"continue"``).
-        over (int, optional): Optimizer steps in which ``"prune"`` fades what the ticket removes to
-            zero; 0 is at once (default: 0).
+            ``"stop"`` it, ``"prune"`` and train on, or prune, ``"shrink"`` once pruned, and train
+            on (default: ``"continue"``).
+        over (int, optional): Optimizer steps in which ``"prune"`` and ``"shrink"`` fade what the
+            ticket removes to zero; 0 is at once (default: 0).
+        inputs (optional): What ``"shrink"`` calls the optimizer's model with, and needs: a tensor,
+            a tuple of positional arguments, or a dict of keyword arguments (default: None).
+        scatter (bool, optional): Passed on to :meth:`~torch_worm_optim.WormOptimizer.shrink`
+            (default: False).
 
     Raises:
         TypeError: If ``over`` is not a number.
-        ValueError: If ``at_ticket`` is none of the three, ``over`` not a whole number of at least
-            0, or, when training starts, if the Trainer's optimizer is not a ``WormOptimizer``.
+        ValueError: If ``at_ticket`` is none of the four, or ``"shrink"`` without ``inputs``,
+            ``over`` not a whole number of at least 0, or, when training starts, if the Trainer's
+            optimizer is not a ``WormOptimizer``.
+        RuntimeError: If the network cannot be shrunk, or, when training starts, if it was to be on
+            several processes.
     """
 
-    def __init__(self, trainer: Trainer, at_ticket: str = "continue", *, over: int = 0) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        at_ticket: str = "continue",
+        *,
+        over: int = 0,
+        inputs: Any = None,
+        scatter: bool = False,
+    ) -> None:
         self.trainer = trainer
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
+        if at_ticket == "shrink" and inputs is None:
+            raise ValueError(
+                '`at_ticket="shrink"` needs `inputs`, since the Trainer shows its callbacks no '
+                "batch. Pass one example: a tensor, a tuple, or a dict of keyword arguments of the "
+                "model."
+            )
+        self.inputs, self.scatter = inputs, scatter
         self._reporter: Reporter | None = None
 
     def on_train_begin(
@@ -64,7 +89,7 @@ class WormCallback(TrainerCallback):
                 f"{type(found).__name__}. Pass one: Trainer(..., optimizers=("
                 "WormOptimizer(AdamW(model.parameters()), model), None))."
             )
-        self._reporter = Reporter(found, self.at_ticket, self.over)
+        self._reporter = Reporter(found, self.at_ticket, self.over, scatter=self.scatter)
 
     def on_step_end(
         self,
@@ -93,6 +118,6 @@ class WormCallback(TrainerCallback):
             return
         # Logging says that what was to be logged is, and the Trainer's own log may be due as well.
         due = control.should_log
-        for report in self._reporter.news():
+        for report in self._reporter.news(self.inputs):
             self.trainer.log(report)
         control.should_log = due
