@@ -42,3 +42,30 @@ def test_replicas_shrink_alike_without_traffic(alone, built_with, old_stays):
     """Wrapped in DDP anew they train on as one process does, whatever the search was built with."""
     for result in run_on_ranks(2, jobs.replicated, built_with, old_stays):
         assert difference(result, alone) == ""
+
+
+@pytest.mark.parametrize(("n", "layout"), [(2, "fsdp"), (4, "hybrid")])
+def test_gathered_shrunk_and_sharded_again_is_one_process(alone, n, layout):
+    """Weights, masks, history and momentum are those of one process, bit for bit."""
+    for result in run_on_ranks(n, jobs.gathered, layout):
+        assert difference(result, alone) == ""
+
+
+def test_a_shrunk_run_resumes_from_one_file_on_other_ranks(alone):
+    """What two ranks that shard have saved goes on in replicas, in shards and in one process."""
+    file = run_on_ranks(2, jobs.saved, "fsdp", 3)[0]
+
+    results = run_on_ranks(2, jobs.resumed, "ddp", 3, file)
+    results += run_on_ranks(2, jobs.resumed, "fsdp", 3, file)
+    results += run_on_ranks(2, jobs.resumed, "from rank 0", 3, file)
+    results += [jobs.resumed("plain", 3, file)]
+    for result in results:
+        masks = {name.removeprefix("module."): mask for name, mask in result["masks"].items()}
+        assert difference({**result, "masks": masks, "kept": alone["kept"]}, alone) == ""
+
+
+def test_a_state_in_parts_on_ranks_is_not_cut():
+    """ZeRO's optimizer is refused before anything is cut."""
+    for message, weights, before in run_on_ranks(2, jobs.spread):
+        assert "Load its consolidated state" in message
+        assert difference(weights, before) == ""

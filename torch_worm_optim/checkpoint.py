@@ -10,6 +10,8 @@ key that is not there.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,15 +94,35 @@ def with_record(
         ),
         "window": {} if search.shrunk else _saved_window(search.window, layout),
         "identity": json.dumps(identity),
+        "shrunk": _packed(search.shrunk) if search.shrunk else "",
     }
-    if search.shrunk is not None:
-        groups[0][RECORD_KEY]["shrunk"] = {
-            "final_mask": search.shrunk.final_mask,
-            "ticket": search.shrunk.ticket,
-            "kept": {name: list(indices) for name, indices in search.shrunk.kept.items()},
-            "groups": search.shrunk.groups,
-        }
     return {**state_dict, "param_groups": groups}
+
+
+def _packed(shrunk: Shrunk) -> str:
+    """A shrunk network's ticket in one string, which loads into a search that has none yet.
+
+    Of what is gathered whole torch puts only strings and numbers in their places whose keys the
+    live optimizer has, on every rank, and tensors only where it has tensors of that shape.
+    """
+    file = io.BytesIO()
+    parts = {key: value for key, value in vars(shrunk).items() if key != "identity"}
+    torch.save(parts, file)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _unpacked(packed: str, identity: dict[str, Any], layout: Layout) -> Shrunk:
+    """What :func:`_packed` was given, with this model's names and on its devices."""
+    file = io.BytesIO(base64.b64decode(packed))
+    parts = torch.load(file, map_location="cpu", weights_only=True)
+    own = {canonical_name(name): (name, p) for name, p in layout.model.named_parameters()}
+    for key in ("final_mask", "ticket"):
+        masks = {}
+        for saved_name, mask in parts[key].items():
+            name, parameter = own.get(canonical_name(saved_name), (saved_name, mask))
+            masks[name] = mask.to(parameter.device)
+        parts[key] = masks
+    return Shrunk(**parts, identity=identity)
 
 
 def _saved_window(window: Window, layout: Layout) -> dict[str, list[Tensor]]:
@@ -208,7 +230,7 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
 
 def record_is_shrunk(record: Any) -> bool:
     """Whether a record is of a search whose network was shrunk."""
-    return isinstance(record, dict) and "shrunk" in record
+    return isinstance(record, dict) and bool(record.get("shrunk"))
 
 
 def read_shrunk_record(record: Any, layout: Layout, window: Window) -> SearchState:
@@ -226,17 +248,10 @@ def read_shrunk_record(record: Any, layout: Layout, window: Window) -> SearchSta
         ValueError: If the record is malformed, or the network does not have its shapes.
     """
     search, identity = _read_plain_parts(record)
-    saved = record["shrunk"]
     try:
-        shrunk = Shrunk(
-            dict(saved["final_mask"]),
-            dict(saved["ticket"]),
-            {name: tuple(indices) for name, indices in saved["kept"].items()},
-            {name: int(n) for name, n in saved["groups"].items()},
-            identity,
-        )
+        shrunk = _unpacked(record["shrunk"], identity, layout)
         shapes = {name: tuple(shrunk.mask(name).shape) for name in shrunk.ticket}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever reading a damaged string may raise
         raise ValueError(
             f"The checkpoint's record of the shrunk network cannot be read ({error!r}): load an "
             "earlier checkpoint."
@@ -257,7 +272,9 @@ def read_shrunk_record(record: Any, layout: Layout, window: Window) -> SearchSta
 
 def _read_plain_parts(record: Any) -> tuple[SearchState, dict[str, Any]]:
     """All of a record but its window, and what its masks depend on."""
-    keys = ("version", "step", "pruned", "history", "window", "identity")
+    keys = ["version", "step", "pruned", "history", "identity"]
+    if not record_is_shrunk(record):  # whose window is empty, and checkpointers drop what is empty
+        keys.append("window")
     missing = [key for key in keys if not isinstance(record, dict) or key not in record]
     if missing:
         raise ValueError(

@@ -531,7 +531,8 @@ class WormOptimizer(OptimizerWrapper):
 
         Each mask has its parameter's shape; where only a part of a parameter is ranked, the other
         entries are True. The tensors are copies. The mask of a sharded parameter is a DTensor that
-        is sharded alike; its ``full_tensor()`` is the whole.
+        is sharded alike; its ``full_tensor()`` is the whole. Once the network is shrunk, masks are
+        plain and whole on every rank.
         """
         return self.candidate_mask if self.converged else None
 

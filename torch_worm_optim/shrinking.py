@@ -164,9 +164,9 @@ def shrink_(
         The :class:`ShrinkReport`.
 
     Raises:
-        RuntimeError: If the model is sharded or wrapped in DistributedDataParallel, if its output
-            differs from call to call, or if what it computes would change. Model and optimizer are
-            left as they were.
+        RuntimeError: If the model is sharded or wrapped in DistributedDataParallel, if the
+            optimizer's state is spread over ranks, if the model's output differs from call to call,
+            or if what it computes would change. Model and optimizer are left as they were.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
@@ -177,6 +177,12 @@ def shrink_(
         (2, 2, 2)
     """
     _refuse_wrapped(model)
+    if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer has it
+        raise RuntimeError(
+            f"{type(optimizer).__name__} spreads its state over ranks, and parts cannot be cut "
+            "alone. Load its consolidated state into the optimizer that it is made of, and shrink "
+            "with that."
+        )
     model = getattr(model, "_orig_mod", model)  # what torch.compile has around it
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     kwargs = dict(kwargs or {})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_worm_optim.layout import Layout
 from torch_worm_optim.selectors import canonical_name
+from torch_worm_optim.sharding import local_part_of, local_tensor
 from torch_worm_optim.shrinking import Kept, ShrinkReport, composed, cut_tensor
 from torch_worm_optim.truncation import Entries
 
@@ -18,7 +19,8 @@ class Shrunk:
     """A ticket in the shapes of the dense network, and what is left of its parameters.
 
     Attributes:
-        final_mask: The masks of what was ranked, by parameter name, **True = kept**.
+        final_mask: The masks of what was ranked, by parameter name, **True = kept**; whole ones,
+            also where parameters are sharded.
         ticket: The same with the masks of followers.
         kept: For each parameter that was cut the indices that stayed, as in
             :class:`~torch_worm_optim.ShrinkReport`.
@@ -61,9 +63,9 @@ class Shrunk:
         return [self._entries_of(name, layout.parameter(name)) for name in self.ticket]
 
     def _entries_of(self, name: str, parameter: Tensor) -> Entries:
-        """The entries of one parameter."""
+        """The entries of one parameter that this rank has."""
         return Entries(
-            parameter.detach(),
-            lambda: None if parameter.grad is None else parameter.grad.detach(),
-            lambda: self.mask(name).to(parameter.device),
+            local_tensor(parameter),
+            lambda: None if parameter.grad is None else local_tensor(parameter.grad),
+            lambda: local_part_of(self.mask(name).to(parameter.device), like=parameter),
         )
