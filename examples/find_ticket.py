@@ -1,7 +1,8 @@
 """Find the winning ticket of a CNN while it trains, with WORM and with EB Train, side by side.
 
 Both searches start from the same weights and see the same batches. Each network is trained until
-its ticket is found, pruned, and trained on; the table compares what that cost and what was left.
+its ticket is found, pruned, shrunk to what is left, and trained on; the table compares what that
+cost and what was gained.
 
     python examples/find_ticket.py        # 8x8 digits, nothing to download
     python examples/find_ticket.py --data cifar10 --data-dir data
@@ -227,15 +228,29 @@ def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
             continue
         opt.prune()
         run.scores["after pruning"] = accuracy(model, data)
+        report = opt.shrink(data.train_images[:1], scatter=args.scatter)
         epochs = total - run.search_epochs
+        start = time.perf_counter()
         n_steps = epochs * run.steps_per_epoch
+        evaluating = 0.0
         with progress(f"seed {seed}, {run.method}: retrain", n_steps) as bar:
             for epoch in range(1, epochs + 1):
                 train_epoch(args, model, opt, data, order, bar)
                 if epoch in (1, args.retrain_epochs):
-                    run.scores[f"{epoch} epoch{'s' * (epoch > 1)} retrained"] = accuracy(
-                        model, data
-                    )
+                    pause = time.perf_counter()
+                    what = f"{epoch} epoch{'s' * (epoch > 1)} retrained"
+                    run.scores[what] = accuracy(model, data)
+                    evaluating += time.perf_counter() - pause
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        run.sizes = {
+            "M parameters": tuple(n / 1e6 for n in report.parameters),
+            "MMAC an image": tuple(n / 1e6 for n in report.macs),
+            "seconds an epoch": (
+                run.search_seconds / run.search_epochs,
+                (time.perf_counter() - start - evaluating) / epochs,
+            ),
+        }
         run.scores["at equal epochs"] = accuracy(model, data)
     return runs
 
@@ -308,6 +323,7 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, default=32, help="images in a batch")
     add("--max-epochs", type=int, default=60, help="give up the search after so many")
     add("--retrain-epochs", type=int, default=3, help="epochs after pruning, at least")
+    add("--scatter", action="store_true", help="narrow norms that write into residual streams")
     add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")
     add_search_arguments(parser, window=5, stopping_point=0.1, margin=0.05)
     return parser.parse_args()

@@ -35,6 +35,9 @@ class Run:
     steps_per_epoch: int
     ticket: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)  # of every training step, retraining included
+    sizes: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # before and after shrinking
 
 
 def add_search_arguments(
@@ -83,6 +86,10 @@ def table(runs: list[Run], score: str, form: str = ".2f") -> str:
     for key in max((run.scores for run in runs), key=len):
         values = [[run.scores[key] for run in found if key in run.scores] for found in by_method]
         rows.append([f"{score} {key}", *[cell(each, form) for each in values]])
+    for key in runs[0].sizes:
+        for when, label in enumerate(("before shrinking", "after shrinking")):
+            values = [[run.sizes[key][when] for run in found] for found in by_method]
+            rows.append([f"{key} {label}", *[cell(each, form) for each in values]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
