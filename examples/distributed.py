@@ -13,13 +13,19 @@ rank, and go on from the last epoch on any number of ranks that divides the batc
     torchrun --nproc-per-node 4 examples/distributed.py --resume --mode tp
 
 However many ranks there are, together they see the same batches in the same order, so that the run
-is the same but for the rounding of sums. Needs `pip install "torch-worm-optim[examples]"`. Writes
+is the same but for the rounding of sums.
+
+With `--shrink` the network is a convolutional one, whose BatchNorms are searched. Once it is pruned
+the removed channels are cut out, and the smaller network trains on, in `--mode fsdp` or `ddp`.
+
+Needs `pip install "torch-worm-optim[examples]"`. Writes
 results.json and ticket.pt into --out, too. Exits with 1 when the search runs out of epochs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -32,14 +38,20 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from torch_worm_optim import Phase, QueryKeySelector, WormOptimizer
+from torch_worm_optim import Phase, WormOptimizer
 
 WIDTH, HEAD, DEPTH = 64, 16, 2
 
@@ -92,6 +104,30 @@ class Transformer(nn.Module):
         return self.head(self.blocks(x).mean(1))
 
 
+def new_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network before it is spread; one with BatchNorms if it is to be shrunk."""
+    if not args.shrink:
+        return Transformer().to(device)
+    widths, layers = (1, 32, 64, 64), nn.Sequential()
+    for n_in, n_out in itertools.pairwise(widths):
+        layers.extend([nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU()])
+    layers.extend([nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], 10)])
+    return layers.to(device)
+
+
+def new_optimizer(args: argparse.Namespace, net: nn.Module, sample_every: int) -> WormOptimizer:
+    """AdamW with a search, the same in every mode; under DDP of the network inside."""
+    return WormOptimizer(
+        torch.optim.AdamW(net.parameters(), args.lr),
+        net,  # its BatchNorm scales are ranked, or queries and keys where it has none
+        prune_ratio=args.prune_ratio,
+        stopping_point=args.stopping_point,
+        margin=args.margin,
+        truncate="update",
+        sample_every=sample_every,
+    )
+
+
 def join() -> torch.device:
     """Join the other ranks; returns the device of this one."""
     if "LOCAL_RANK" not in os.environ:
@@ -105,18 +141,43 @@ def join() -> torch.device:
     return device
 
 
-def spread(net: Transformer, mode: str, mesh: DeviceMesh) -> nn.Module:
+def spread(net: nn.Module, mode: str, mesh: DeviceMesh) -> nn.Module:
     """The network on all ranks."""
     if mode == "ddp":
         return nn.parallel.DistributedDataParallel(net)
     columns = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.0")
     plan = dict.fromkeys(columns, ColwiseParallel())
     plan |= dict.fromkeys(("attn.out_proj", "mlp.2"), RowwiseParallel())
-    for block in net.blocks:
+    for block in net.blocks if isinstance(net, Transformer) else ():
         if mode == "tp":
             parallelize_module(block, mesh["tp"], plan)
         fully_shard(block, mesh=mesh["dp"])
     return fully_shard(net, mesh=mesh["dp"])
+
+
+def shrink(
+    args: argparse.Namespace,
+    net: nn.Module,
+    opt: WormOptimizer,
+    batch: Tensor,
+    mesh: DeviceMesh,
+    sample_every: int,
+) -> tuple[nn.Module, nn.Module, WormOptimizer]:
+    """Cut out of the network what is pruned, and spread the smaller one over all ranks."""
+    if args.mode == "ddp":
+        opt.shrink(batch)
+        return net, spread(net, args.mode, mesh), opt
+    whole = StateDictOptions(full_state_dict=True)
+    weights, search = get_state_dict(net, opt, options=whole)
+    net = new_network(args, batch.device)
+    opt = new_optimizer(args, net, sample_every)
+    set_state_dict(net, opt, model_state_dict=weights, optim_state_dict=search, options=whole)
+    opt.shrink(batch)
+    search = get_optimizer_state_dict(net, opt, options=whole)
+    model = spread(net, args.mode, mesh)
+    opt = new_optimizer(args, net, sample_every)
+    set_optimizer_state_dict(net, opt, search, options=whole)
+    return net, model, opt
 
 
 def load_data(device: torch.device) -> tuple[TensorDataset, Tensor, Tensor]:
@@ -160,6 +221,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--mode", choices=["ddp", "fsdp", "tp"], default="fsdp", help="what a rank holds")
+    add("--shrink", action="store_true", help="cut what is pruned out of a convolutional network")
     add("--out", type=Path, default=Path("runs/distributed"), help="folder that all ranks see")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--max-epochs", type=int, default=40, help="give up the search after so many")
@@ -175,6 +237,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Search, prune and train on, on all ranks."""
     args, device = parse(), join()
+    if args.shrink and args.mode == "tp":
+        raise SystemExit("--shrink needs --mode fsdp or ddp: its network has nothing to split.")
     first = dist.get_rank() == 0
     n_tp = 2 if args.mode == "tp" and dist.get_world_size() % 2 == 0 else 1
     shape = (dist.get_world_size() // n_tp, n_tp)
@@ -187,18 +251,10 @@ def main() -> None:
     loader = DataLoader(train, args.batch_size // n_shares, sampler=sampler, drop_last=True)
 
     torch.manual_seed(0)
-    net = Transformer().to(device)
+    net = new_network(args, device)
+    n_parameters = sum(p.numel() for p in net.parameters())
     model = spread(net, args.mode, mesh)
-    opt = WormOptimizer(  # the line that changes, the same in every mode
-        torch.optim.AdamW(net.parameters(), args.lr),
-        net,
-        QueryKeySelector(),
-        prune_ratio=args.prune_ratio,
-        stopping_point=args.stopping_point,
-        margin=args.margin,
-        truncate="update",
-        sample_every=len(loader),
-    )
+    opt = new_optimizer(args, net, sample_every=len(loader))
 
     epoch, scores = 0, dict.fromkeys(("before pruning", "after pruning", "in the end"), 0.0)
     if args.resume:
@@ -207,7 +263,11 @@ def main() -> None:
         for old in args.out.glob("epoch-*"):
             shutil.rmtree(old)
     found = opt.history[-1].step // len(loader) if opt.converged else None
+    small = False
     while epoch < (args.max_epochs if found is None else found + args.retrain_epochs):
+        if args.shrink and opt.phase is Phase.PRUNED and not small:
+            net, model, opt = shrink(args, net, opt, test[0][:1], mesh, len(loader))
+            small = True
         sampler.set_epoch(epoch)
         for images, labels in loader:
             opt.zero_grad()
@@ -224,7 +284,8 @@ def main() -> None:
             found, scores["before pruning"] = epoch, scores["in the end"]
             opt.prune()
             scores["after pruning"] = accuracy(model, *test)
-        dcp.save(state_of(model, opt, scores), checkpoint_id=args.out / f"epoch-{epoch:03}")
+        if not small:  # a network is resumed in the sizes that it has, and shrunk then
+            dcp.save(state_of(model, opt, scores), checkpoint_id=args.out / f"epoch-{epoch:03}")
 
     ticket = {  # every rank gathers it, one writes it
         name: (mask.full_tensor() if isinstance(mask, DTensor) else mask).cpu()
@@ -232,11 +293,15 @@ def main() -> None:
     }
     if first:
         distances = [[s.step, s.max_distance, s.mean_distance, s.phase.value] for s in opt.history]
+        sizes = [n_parameters, sum(p.numel() for p in net.parameters())]
         results = {"ranks": dist.get_world_size(), "epochs": epoch, "scores": scores}
+        results["parameters"] = sizes
         (args.out / "results.json").write_text(json.dumps(results | {"distances": distances}))
         torch.save(ticket, args.out / "ticket.pt")
         if opt.converged:
             print(*(f"{score:.1f} % {when}" for when, score in scores.items()), sep=", ")
+            if small:
+                print(f"{sizes[0]} -> {sizes[1]} parameters")
         else:
             print(f"No ticket within {epoch} epochs. Raise --max-epochs.", file=sys.stderr)
     dist.barrier()  # torchrun ends the others as soon as one exits with 1

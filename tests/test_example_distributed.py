@@ -62,3 +62,17 @@ def test_a_run_stopped_on_two_ranks_finds_its_ticket_on_one(tmp_path):
     assert sum(int(mask.sum()) for mask in ticket.values()) == n - round(0.7 * n)
     assert after["scores"]["before pruning"] > 80
     assert after["scores"]["in the end"] > 80
+
+
+def test_what_two_ranks_shrink_one_rank_shrinks_as_far(tmp_path):
+    """Sharded, and resumed from the pruned checkpoint in one replica, the network is as small."""
+    shrink = ("--shrink", "--prune-ratio=0.5")
+    said, sharded, ticket = torchrun(2, tmp_path, 0, *shrink)
+    _, alone, same_ticket = torchrun(1, tmp_path, 0, *shrink, "--resume", "--mode=ddp")
+
+    before, after = sharded["parameters"]
+    assert f"{before} -> {after} parameters" in said
+    assert after < before / 2
+    assert alone["parameters"] == sharded["parameters"]
+    assert all(torch.equal(mask, same_ticket[name]) for name, mask in ticket.items())
+    assert all(run["scores"]["in the end"] > 80 for run in (sharded, alone))
