@@ -242,3 +242,20 @@ def test_keyword_arguments_reach_the_model():
 
     assert report.kept
     assert report.max_difference < 1e-5
+
+
+def test_a_damaged_record_is_refused_whole():
+    """A ticket that was cut short says so, and the search stays where it was."""
+    model, opt = pruned("small")
+    opt.shrink(batch_of("small", 0, 1))
+    saved = opt.state_dict()
+    record = saved["param_groups"][0]["worm"]
+    record["shrunk"] = record["shrunk"][:1000]
+
+    fresh, _ = build("small")
+    load_shrunk_(fresh, model.state_dict())
+    fresh_opt = WormOptimizer(BASES["SGD momentum"](fresh.parameters()), fresh)
+    with pytest.raises(ValueError, match="shrunk network cannot be read .* load an earlier"):
+        fresh_opt.load_state_dict(saved)
+
+    assert fresh_opt.phase is Phase.SEARCHING
