@@ -255,7 +255,7 @@ def test_a_damaged_record_is_refused_whole():
     fresh, _ = build("small")
     load_shrunk_(fresh, model.state_dict())
     fresh_opt = WormOptimizer(BASES["SGD momentum"](fresh.parameters()), fresh)
-    with pytest.raises(ValueError, match="shrunk network cannot be read .* load an earlier"):
+    with pytest.raises(ValueError, match=r"shrunk network cannot be read .* load an earlier"):
         fresh_opt.load_state_dict(saved)
 
     assert fresh_opt.phase is Phase.SEARCHING
