@@ -35,46 +35,36 @@ _PINNED = 0
 # Values that stand for any value when it is asked whether a function of several is zero.
 _PROBES = (-2.3, -0.6, 0.4, 1.7)
 
+
+def _operators(*names: str) -> set[Any]:
+    """Those of torch's operators that this release of torch has."""
+    return {getattr(_aten, name) for name in names if hasattr(_aten, name)}
+
+
 # Operators that work entry by entry, beside those that torch marks so.
-_POINTWISE = {
-    _aten.hardswish,
-    _aten.hardswish_,
-    _aten._prelu_kernel,
-    _aten._to_copy,
-    _aten.detach,
-    _aten.alias,
-    _aten.copy_,
-    _aten.log_sigmoid_forward,
-}
+_POINTWISE = _operators(
+    *("hardswish", "hardswish_", "_prelu_kernel", "_to_copy", "detach", "alias", "copy_"),
+    "log_sigmoid_forward",
+)
 # Operators that mix the last dimensions of each channel with one another, and of zeros make zeros.
-_SPATIAL = {
-    getattr(_aten, name)
-    for name in (
-        *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"),
-        *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d"),
-        *("adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
-        *("_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d"),
-        *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
-        *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
-    )
-}
-_BATCH_NORM = {
-    _aten.native_batch_norm,
-    _aten._native_batch_norm_legit,
-    _aten._native_batch_norm_legit_no_training,
-    _aten._batch_norm_no_update,
-    _aten.cudnn_batch_norm,
-    _aten.miopen_batch_norm,
-}
-_REDUCTIONS = {_aten.mean, _aten.sum, _aten.amax, _aten.amin}
+_SPATIAL = _operators(
+    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"),
+    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d"),
+    *("adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
+    *("_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d"),
+    *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
+    *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
+)
+_BATCH_NORM = _operators(
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
+)
+_REDUCTIONS = _operators("mean", "sum", "amax", "amin")
 # Operators that make a new tensor of a shape and read no values.
-_FACTORIES = {
-    getattr(_aten, name)
-    for name in (
-        *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like"),
-        *("empty_like", "full_like", "rand_like", "randn_like", "sym_size"),
-    )
-}
+_FACTORIES = _operators(
+    *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like"),
+    *("empty_like", "full_like", "rand_like", "randn_like", "sym_size"),
+)
 
 
 @dataclass
