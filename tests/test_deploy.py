@@ -101,7 +101,11 @@ def test_quantisation_aware_training_needs_the_zeros_gone(small):
     losses = []
     for _ in range(5):
         sgd.zero_grad()
-        loss = nn.functional.cross_entropy(model(IMAGES), torch.tensor([0, 1]))
+        try:
+            loss = nn.functional.cross_entropy(model(IMAGES), torch.tensor([0, 1]))
+        except AssertionError:  # The observers of some releases of torch refuse NaN.
+            losses.append(float("nan"))
+            break
         loss.backward()
         sgd.step()
         losses.append(float(loss))

@@ -140,6 +140,8 @@ def test_a_shrunk_run_resumes_bit_for_bit(which, scatter):
         opt.load_state_dict(dense)
 
 
+# Before 2.6, torch warned of its own way to unpickle a tensor.
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_a_shrunk_search_goes_its_own_way(how):
     """What was cut is remembered in the copy."""

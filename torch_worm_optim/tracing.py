@@ -41,15 +41,16 @@ def _operators(*names: str) -> set[Any]:
     return {getattr(_aten, name) for name in names if hasattr(_aten, name)}
 
 
-# Operators that work entry by entry, beside those that torch marks so.
+# Operators that work entry by entry, beside those that torch marks so. Older ones mark fewer.
 _POINTWISE = _operators(
     *("hardswish", "hardswish_", "_prelu_kernel", "_to_copy", "detach", "alias", "copy_"),
-    "log_sigmoid_forward",
+    *("log_sigmoid_forward", "elu", "elu_", "gelu_", "hardtanh", "hardtanh_", "leaky_relu"),
+    *("leaky_relu_", "hardsigmoid", "hardsigmoid_", "mish", "mish_", "softplus", "celu", "selu"),
 )
 # Operators that mix the last dimensions of each channel with one another, and of zeros make zeros.
 _SPATIAL = _operators(
     *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"),
-    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d"),
+    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "avg_pool1d"),
     *("adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d"),
     *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
