@@ -1,8 +1,8 @@
 """The search as plain data inside an optimizer's ``state_dict``, and back, checked.
 
 The record holds numbers, strings and tensors, so that ``torch.load(weights_only=True)`` reads it.
-What has a varying number of parts is one string, of JSON: checkpointers that take containers apart
-know only the parts that the live optimizer has, and lose those that are empty. The record travels
+History and identity vary in length and are strings of JSON: checkpointers that take containers
+apart restore only those that the live optimizer has already, and lose empty ones. The record travels
 in the first parameter group: ``state`` and ``param_groups`` are all that checkpointers carry. Live
 groups hold its key with None, since checkpointers load into the structure that they find and drop a
 key that is not there.

@@ -1,4 +1,4 @@
-"""Where the ranked entries and their followers are now.
+"""Find the ranked entries and their followers in a model's current parameters.
 
 Parameters are looked up by name at every use: sharding, ``module.to()``, ``swap_tensors`` and
 ``convert_sync_batchnorm`` put new parameters and modules in the places of old ones.
@@ -56,7 +56,7 @@ class Layout:
         """The parameter of that name.
 
         Raises:
-            RuntimeError: If it is computed from another one now.
+            RuntimeError: If it has become a plain tensor, computed from another parameter.
         """
         parameter: Tensor = attrgetter(name)(self.model)
         shard = self._shard_of_parameter.get(name)
@@ -269,7 +269,7 @@ class Target(NamedTuple):
         return Entries(self._view(self.parameter), self._gradient, lambda: self._mask(masks()))
 
     def _view(self, tensor: Tensor) -> Tensor:
-        """Of the parameter or its gradient what a mask applies to on this rank."""
+        """The part of the parameter, or of its gradient, that this rank's mask covers."""
         local = local_tensor(tensor)
         return self.part.entries(local) if self.shard is None else self.shard.masked(local)
 

@@ -90,7 +90,7 @@ def compute_mask(
     each representative are set aside before anything is removed.
 
     Args:
-        entries: The entries to rank, or scores of units, by the name that a message calls them;
+        entries: The entries to rank, or scores of units, by the name to use in error messages;
             tensors of any shapes, floating or complex dtypes and devices, ``n`` entries in all.
         prune_ratio: Share of entries to remove, in [0, 1).
         scope: ``"global"`` ranks all entries together, as EB Train does [1]; ``"layer"`` ranks each
@@ -104,8 +104,8 @@ def compute_mask(
         The :class:`Mask` of the entries given, **True = kept**, on the first tensor's device.
 
     Raises:
-        ValueError: If ``prune_ratio`` or ``scope`` is none of these, if there is no entry at all,
-            or if one is NaN or infinite; the message names the parameter.
+        ValueError: If ``prune_ratio`` or ``scope`` is not one of the values above, if there
+            is no entry, or if one is NaN or infinite; the message names the parameter.
 
     Example:
         >>> weights = {"bn.weight": torch.tensor([-0.3, 0.1]), "fc": torch.tensor([[0.2, 0.4]])}
@@ -192,14 +192,14 @@ class _Layer(NamedTuple):
 
 
 class _Group:
-    """Tensors that are split over the same ranks, as one run of keys.
+    """Tensors that are split over the same ranks, read as one sequence of keys.
 
     Args:
         layers: The tensors.
         starts: Where each starts among the entries of all tensors of all ranks.
         spared: For each tensor the indices of this rank's entries that must be kept, sorted.
         dtype: The float type whose bits are the keys, as wide as the widest tensor.
-        device: Where to compare.
+        device: The device on which keys are compared.
     """
 
     def __init__(
@@ -403,7 +403,7 @@ def _keep_above_counted_threshold(
     device = groups[0].device
 
     def n_up_to(keys: Tensor) -> Tensor:
-        """How many entries have at most each of these keys."""
+        """For each of these keys, how many entries have it or a lower one."""
         keys = keys.clamp(max=groups[0].spared_key)
         return _count(groups, lambda _group, _start, chunk: [chunk <= key for key in keys])
 
@@ -418,7 +418,7 @@ def _keep_above_counted_threshold(
     n_removed, n_tied = count - n_below, n_reached - n_below
 
     def tied_up_to(last: Tensor, group: _Group, start: int, keys: Tensor) -> list[Tensor]:
-        """Which are tied and have at most each of these indices among all entries."""
+        """For each of these indices, which entries equal the threshold and lie at or before it."""
         tied, indices = keys == threshold, group.global_indices(start, len(keys))
         return [tied & (indices <= each) for each in last]
 
@@ -495,8 +495,8 @@ def _not_finite(layers: Sequence[_Layer]) -> ValueError:
     bad = [layer.name for layer in layers if not _is_finite(layer.entries)]
     what = f"{bad[0]!r}: it has" if bad else "the entries that another rank holds: they have"
     return ValueError(
-        f"Cannot rank {what} NaN or infinite entries, so a mask drawn from it would mean nothing. "
-        "Training has diverged: lower the learning rate, clip gradients, or go back to an earlier "
+        f"Cannot rank {what} NaN or infinite entries, so a mask drawn from them would mean "
+        "nothing. Training has diverged: lower the learning rate, clip gradients, or go back to an earlier "
         "checkpoint."
     )
 

@@ -44,8 +44,8 @@ from torch_worm_optim.wrapper import Closure, OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
-# torch.compile leaves alone what is marked so. A search is Python that counts, reads numbers back
-# and changes its mind: traced, it would be compiled anew at each mask and phase. The public name,
+# torch.compile leaves alone what is marked so. A search is Python whose way depends on counts and
+# on numbers read back: traced, it would be compiled anew at each mask and phase. The public name,
 # torch.compiler.disable, makes torch load its compiler as soon as this file is imported, for
 # seconds; this one, which torch.optim uses for itself, makes it at the first call.
 _untraced = _disable_dynamo
@@ -183,9 +183,9 @@ class WormOptimizer(OptimizerWrapper):
 
         super().__init__(base_optim)
         self._layout = Layout(model, representatives, base_optim)
-        # Trainers hand out proxies that have this class and read the attributes of this object, but
-        # an attribute that a method sets on a proxy stays there. So all that changes is inside of
-        # objects that do not change.
+        # Trainers copy the attributes of this object into proxies of this class. An attribute that
+        # a method binds anew on a proxy changes the proxy alone, so whatever changes lives inside
+        # of objects that are never replaced.
         self._search = SearchState(
             step=0,
             pruned=False,
@@ -338,7 +338,7 @@ class WormOptimizer(OptimizerWrapper):
         return sample
 
     def _fit_window(self) -> None:
-        """Have the window hold what this rank has: sharding may have come after it was made."""
+        """Resize the empty window if sharding has changed what this rank has."""
         if self._search.shrunk is not None:
             return
         numels = self._layout.local_numels()
@@ -353,7 +353,7 @@ class WormOptimizer(OptimizerWrapper):
         self._search.window = Window(numels, self._rule.window)
 
     def _clear_strategies(self) -> None:
-        """Have strategies derive what they need from the newest mask."""
+        """Discard what strategies derived from the mask before the newest."""
         for strategy in self._strategies.values():
             strategy.clear()
 

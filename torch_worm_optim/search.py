@@ -29,15 +29,15 @@ class Phase(Enum):
 
 
 class MaskSample(NamedTuple):
-    """One mask drawn: when, how far from those before it, and what followed from that.
+    """One mask: the step, its distances to those before it, and the phase after it.
 
     Attributes:
         step: Optimizer steps taken when the mask was drawn.
         distances: Distances in [0, 1] from this mask to each older one in the window, oldest first;
             empty until the window is full.
-        max_distance: The largest of them, which is held against the stopping point; None until
-            then.
-        mean_distance: Their mean, which is held against the trigger point; None until then.
+        max_distance: The largest of them, which is compared with the stopping point; None
+            until then.
+        mean_distance: Their mean, which is compared with the trigger point; None until then.
         phase: The phase after this mask.
     """
 
@@ -63,7 +63,7 @@ class StoppingRule:
     Args:
         stopping_point: *s*, in [0, 1]; 0 never stops.
         margin: *δ*, in [0, 1]; the trigger point is ``stopping_point + margin``.
-        window: *l*, how many masks are held, the newest counted; at least 2.
+        window: *l*, how many masks are compared, the newest counted; at least 2.
         trigger: ``"distance"`` truncates from the trigger point on (WORM); ``"always"`` from the
             first mask on (section 4.1 of the paper).
 

@@ -2,8 +2,8 @@
 
 The local tensor of a rank is a rectangle of the parameter: some of the indices of each dimension.
 The ranked entries are a rectangle too, perhaps with gaps, as the query and key rows of a fused
-projection are. So what this rank ranks follows dimension by dimension. Only counts are sent to
-other ranks, never weights.
+projection are. So the ranked indices of a rank can be found for each dimension separately. Only
+counts are sent to other ranks, never weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def reshard_(model: nn.Module) -> None:
-    """Have FSDP put the sharded parameters back that a forward pass without a backward took out.
+    """Make FSDP shard its parameters again after a forward pass without a backward.
 
     Args:
         model: Any model.
@@ -92,7 +92,7 @@ def local_part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def as_dtensor_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """The tensor of which each rank has a part, sharded as a parameter is.
+    """Wrap the local part of a tensor as a DTensor that is sharded as a parameter is.
 
     Args:
         parameter: A parameter, plain or a DTensor.
@@ -129,7 +129,7 @@ class Shard:
         local_indices: For each dimension the ranked indices into this rank's local tensor.
         positions: For each dimension where those are among all that are ranked.
         mesh: The ranks that the parameter is split over.
-        placements: How it is, for each dimension of ``mesh``.
+        placements: The parameter's DTensor placements, one for each dimension of ``mesh``.
     """
 
     shape: tuple[int, ...]

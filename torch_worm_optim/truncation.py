@@ -50,7 +50,7 @@ class Strategy(Protocol):
     """Something to do around each step of the base optimizer."""
 
     def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Take the base optimizer's step, and do it."""
+        """Run `base_step`, and change gradients before it or weights after it."""
         ...
 
     def clear(self) -> None:
@@ -274,7 +274,7 @@ def scale_updates_(
     masks: Sequence[Tensor],
     truncation: float,
 ) -> None:
-    """Take removed entries back to where they were, but for a share of the way, in place.
+    """Undo all but a share r of what a step did to removed entries, in place.
 
     Args:
         weights: Parameters after the optimizer's step, or views of some of their entries.
@@ -317,7 +317,7 @@ def is_normalising(optimizer: Optimizer) -> bool:
 
 
 def _fit(tensors: Sequence[Tensor], entries: Sequence[Entries]) -> bool:
-    """Whether there is a tensor for each parameter's entries, made for what they are now."""
+    """Whether the cached tensors match the entries in number, shape, device and dtype."""
     return len(tensors) == len(entries) and all(
         tensor.shape == each.weights.shape
         and tensor.device == each.weights.device
