@@ -496,8 +496,8 @@ def _not_finite(layers: Sequence[_Layer]) -> ValueError:
     what = f"{bad[0]!r}: it has" if bad else "the entries that another rank holds: they have"
     return ValueError(
         f"Cannot rank {what} NaN or infinite entries, so a mask drawn from them would mean "
-        "nothing. Training has diverged: lower the learning rate, clip gradients, or go back to an earlier "
-        "checkpoint."
+        "nothing. Training has diverged: lower the learning rate, clip gradients, or go back to an "
+        "earlier checkpoint."
     )
 
 
