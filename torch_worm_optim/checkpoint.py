@@ -3,9 +3,9 @@
 The record holds numbers, strings and tensors, so that ``torch.load(weights_only=True)`` reads it.
 History and identity vary in length and are strings of JSON: checkpointers that take containers
 apart restore only those that the live optimizer has already, and lose empty ones. The record
-travels in the first parameter group: ``state`` and ``param_groups`` are all that checkpointers carry. Live
-groups hold its key with None, since checkpointers load into the structure that they find and drop a
-key that is not there.
+travels in the first parameter group, since ``state`` and ``param_groups`` are all that
+checkpointers carry. Live groups hold its key with None: checkpointers load into the structure that
+they find, and drop a key that is not there.
 """
 
 from __future__ import annotations
