@@ -69,9 +69,10 @@ class WormOptimizer(OptimizerWrapper):
         \operatorname{mean}_j d_j < s + \delta &\;\Rightarrow\; \nabla_t = r\,\nabla
         \text{ on removed entries}
 
-    This is Algorithm 1 of the WORM paper [1]; with ``truncation=1`` it is EB Train [2], bit for
-    bit. Before the trigger point every step is the base optimizer's own, bit for bit, and after
-    convergence it costs what the base optimizer costs. In every mask **True = kept**.
+    This is Algorithm 1 of the WORM paper [1]. Before the trigger point every step is the base
+    optimizer's own, bit for bit; with ``truncation=1`` all steps are, and the stopping rule that is
+    left is EB Train's [2]. After convergence a step costs what the base optimizer's costs. In every
+    mask **True = kept**.
 
     Args:
         base_optim (Optimizer): The optimizer that trains ``model``. Its ``param_groups`` and
