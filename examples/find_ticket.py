@@ -161,7 +161,7 @@ def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tq
     sgd = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    # The one line that changes. EB Train is WORM that truncates nothing.
+    # The one line that changes. With nothing truncated, EB Train's stopping rule is left.
     opt = WormOptimizer(
         sgd,
         model,
@@ -180,7 +180,7 @@ def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tq
     start = time.perf_counter()
     epochs = 0
     while not opt.converged and epochs < args.max_epochs:
-        train_epoch(args, model, opt, data, order, bar)
+        train_epoch(args, model, opt, data, order, bar, args.l1)
         epochs += 1
         if opt.history and opt.history[-1].max_distance is not None:
             bar.set_postfix(max_distance=f"{opt.history[-1].max_distance:.3f}", refresh=False)
@@ -200,11 +200,13 @@ def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tq
     return model, opt, order, run
 
 
-def train_epoch(args, model, opt, data: Data, order: torch.Generator, bar: tqdm) -> None:
-    """The loop that everybody writes."""
+def train_epoch(args, model, opt, data: Data, order: torch.Generator, bar: tqdm, l1=0.0) -> None:
+    """The loop that everybody writes; with `l1` network slimming's penalty on BatchNorm scales."""
+    scales = [m.weight for m in model.modules() if l1 and isinstance(m, nn.BatchNorm2d)]
     for images, labels in data.batches(args.batch_size, order):
         opt.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        (loss + l1 * sum(scale.abs().sum() for scale in scales)).backward()
         opt.step()
         bar.update()
 
@@ -297,7 +299,7 @@ def title(args: argparse.Namespace) -> str:
     """What was run, in a line."""
     return (
         f"{args.model} on {args.data}, p = {args.prune_ratio:g}, window {args.window}, "
-        f"r = {args.truncation:g} ({args.truncate})"
+        f"r = {args.truncation:g} ({args.truncate})" + (f", L1 {args.l1:g}" if args.l1 else "")
     )
 
 
@@ -323,6 +325,14 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, default=32, help="images in a batch")
     add("--max-epochs", type=int, default=60, help="give up the search after so many")
     add("--retrain-epochs", type=int, default=3, help="epochs after pruning, at least")
+    add(
+        "--l1",
+        metavar="STRENGTH",
+        type=float,
+        default=0.0,
+        help="strength of network slimming's L1 term on BatchNorm scales during the search, by "
+        "either method; EB Train's published code has it as an option, of 1e-4",
+    )
     add("--scatter", action="store_true", help="narrow norms that write into residual streams")
     add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")
     add_search_arguments(parser, window=5, stopping_point=0.1, margin=0.05)
