@@ -219,7 +219,7 @@ def search(args, task, method: str, truncate: str, seed: int) -> tuple:
     with warnings.catch_warnings():
         # That Adam undoes a truncated gradient is what --truncate gradient is here to show.
         warnings.filterwarnings("ignore", "AdamW normalises gradients")
-        # The one line that changes. EB Train is WORM that truncates nothing.
+        # The one line that changes. With nothing truncated, EB Train's stopping rule is left.
         opt = WormOptimizer(
             adamw,
             model,
