@@ -580,8 +580,9 @@ def test_an_average_of_the_weights_is_cut_alike():
 
 
 def test_a_report_tells_what_a_person_asks():
-    """Parameters, multiplications, channels gone, and why some stay."""
+    """Parameters, multiplications, channels gone, why some stay, and where most has gone."""
     model, batch = build("residual")
+    n_before = {name: p.numel() for name, p in model.named_parameters()}
 
     report = shrink_(model, batch)
 
@@ -593,6 +594,29 @@ def test_a_report_tells_what_a_person_asks():
     assert "residual stream" in text
     assert report.as_dict()["zero_channels_left"] == stayed
     assert sum(n for each in report.reasons.values() for n in each.values()) == stayed
+    assert report.parameters == tuple(map(sum, zip(*report.layers.values(), strict=True)))
+    for name in ("blocks.0.expand.0", "head"):
+        layer = model.get_submodule(name)
+        before = sum(n_before[f"{name}.{key}"] for key, _ in layer.named_parameters())
+        assert report.layers[name] == (before, sum(p.numel() for p in layer.parameters()))
+    lines = text.split("layers that changed most:\n")[1].splitlines()
+    gone = sorted((a - b for a, b in report.layers.values()), reverse=True)
+    assert len(lines) == 5
+    for line, n in zip(lines, gone, strict=False):
+        name, sizes = line.strip().split(": ")
+        assert sizes == " -> ".join(f"{size:,}" for size in report.layers[name])
+        assert report.layers[name][0] - report.layers[name][1] == n
+
+
+def test_a_report_of_nothing_names_no_layer():
+    """A network without zeros loses nothing, and a parameter of its own is a layer by its name."""
+    model = Sequence()
+    model.scale = nn.Parameter(torch.ones(2))
+
+    report = shrink_(model, IMAGES)
+
+    assert "layers" not in str(report)
+    assert report.layers["scale"] == (2, 2)
 
 
 def test_a_compiled_network_is_recompiled_and_agrees():

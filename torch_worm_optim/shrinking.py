@@ -43,6 +43,8 @@ class ShrinkReport:
     Attributes:
         parameters: How many parameters there were before and after.
         macs: Multiplications of one forward pass of the batch given, before and after.
+        layers: For each module that has parameters of its own, by name, how many those were before
+            and after. One of the model itself stands under its own name.
         kept: For each parameter and buffer that was cut, by name, for each dimension the indices
             that stayed, a 1-D int64 tensor on the host, or None if all did. Of a grouped
             convolution's weight those of the second dimension are input channels, of all groups.
@@ -60,12 +62,17 @@ class ShrinkReport:
         parameters 17 -> 9 (47 % gone)
         multiplications 32 -> 16 (50 % gone)
         zero channels: 2 of 2 gone
+        layers that changed most:
+          1: 8 -> 4
+          0: 4 -> 2
+          3: 5 -> 3
         >>> report.kept["1.weight"]
         (tensor([2, 3]),)
     """
 
     parameters: tuple[int, int]
     macs: tuple[int, int]
+    layers: dict[str, tuple[int, int]]
     kept: dict[str, Kept]
     reasons: dict[str, dict[str, int]]
     channels: tuple[int, int]
@@ -81,7 +88,7 @@ class ShrinkReport:
         }
 
     def as_dict(self) -> dict[str, float]:
-        """The figures as numbers, for a logger."""
+        """The figures of the whole network as numbers, for a logger."""
         return {
             "parameters_before": self.parameters[0],
             "parameters_after": self.parameters[1],
@@ -119,7 +126,7 @@ class ShrinkReport:
         _fit_modules(model)
 
     def __str__(self) -> str:
-        """A few lines: parameters, multiplications, channels, and why some stayed."""
+        """A few lines: parameters, multiplications, channels, why some stayed, and five layers."""
         zero, stayed = self.channels
         lines = [
             f"{what} {before:,} -> {after:,} ({_percent(before - after, before)} gone)"
@@ -133,6 +140,10 @@ class ShrinkReport:
         for reasons in self.reasons.values():
             totals.update(reasons)
         lines += [f"  {n:,} stay: {reason}" for reason, n in totals.most_common()]
+        smaller = [(name, *sizes) for name, sizes in self.layers.items() if sizes[0] > sizes[1]]
+        smaller.sort(key=lambda each: each[2] - each[1])
+        lines += ["layers that changed most:"] if smaller else []
+        lines += [f"  {name}: {before:,} -> {after:,}" for name, before, after in smaller[:5]]
         return "\n".join(lines)
 
 
@@ -186,7 +197,6 @@ def shrink_(
     model = getattr(model, "_orig_mod", model)  # what torch.compile has around it
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     kwargs = dict(kwargs or {})
-    n_before = sum(p.numel() for p in model.parameters())
     with _evaluation(model):
         run = functools.partial(_outputs, model, args, kwargs)
         expected, macs_before = run()
@@ -230,10 +240,15 @@ def shrink_(
         )
     if optimizer is not None:
         _cut_state(optimizer, cut)
-    n_after = sum(p.numel() for p in model.parameters())
+    layers: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0] or name
+        before, after = layers.get(layer, (0, 0))
+        layers[layer] = (before + cut.before[name].numel(), after + parameter.numel())
     return ShrinkReport(
-        (n_before, n_after),
+        (sum(before for before, _ in layers.values()), sum(after for _, after in layers.values())),
         (macs_before, macs_after),
+        layers,
         cut.kept,
         cut.left,
         (cut.n_zero, sum(n for each in cut.left.values() for n in each.values())),
