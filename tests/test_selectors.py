@@ -138,8 +138,81 @@ def test_the_default_takes_scales_before_queries_and_keys():
 
     assert names(default_selector, nn.ModuleList([attention, nn.BatchNorm1d(4)])) == ["1.weight"]
     assert names(default_selector, attention) == ["in_proj_weight"]
-    with pytest.raises(ValueError, match=r"Linear has neither BatchNorm.*ParameterSelector"):
-        default_selector(nn.Linear(2, 2))
+
+
+class Gain(nn.Module):
+    """One vector, and a name that no selector knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(4))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As in torchvision and detectron2: what BatchNorm trains are buffers."""
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(n_features))
+
+
+ADVICE = {  # by model: what each line of the advice selects, in order
+    "LSTM": (lambda: nn.LSTM(3, 4), [["weight_hh_l0"], ["weight_ih_l0", "weight_hh_l0"]]),
+    "GRU, two ways": (
+        lambda: nn.ModuleList([nn.GRU(3, 4, bidirectional=True), nn.ReLU()]),
+        [
+            ["0.weight_hh_l0", "0.weight_hh_l0_reverse"],
+            [f"0.weight_{which}" for which in ("ih_l0", "hh_l0", "ih_l0_reverse", "hh_l0_reverse")],
+        ],
+    ),
+    "RNNCell, LayerNorm": (
+        lambda: nn.ModuleList([nn.RNNCell(3, 4), nn.LayerNorm(4)]),
+        [["0.weight_hh"], ["1.weight"], ["0.weight_ih", "0.weight_hh"]],
+    ),
+    "GroupNorm": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)),
+        [["1.weight"], ["0.weight", "2.weight"]],
+    ),
+    "LayerNorm over a plane": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm((4, 6, 6), bias=False)),
+        [["0.weight", "1.weight"]],
+    ),
+    "FrozenBatchNorm": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), FrozenBatchNorm2d(4), nn.Linear(4, 2)),
+        [["0.weight", "2.weight"]],
+    ),
+    "Linear": (lambda: nn.Linear(4, 2), [["weight"]]),
+    "vector": (Gain, [["gain"]]),
+}
+
+
+@pytest.mark.parametrize("kind", ADVICE)
+def test_where_the_default_finds_nothing_each_line_of_advice_works_as_typed(kind):
+    """The error names what the model has; evaluated as it stands, it ranks just that."""
+    make, selected = ADVICE[kind]
+    model = make()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)  # scales that are all 1 would tie
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has neither BatchNorm") as error:
+        WormOptimizer(sgd, model)
+    message = str(error.value)
+
+    assert ("Scales of FrozenBatchNorm2d are buffers" in message) == (kind == "FrozenBatchNorm")
+    lines = re.findall(r"^- .*: selector=(.*)$", message, re.MULTILINE)
+    assert [names(eval(line), model) for line in lines] == selected
+    for line in lines:
+        opt = WormOptimizer(sgd, model, selector=eval(line), sample_every=None)
+        opt.sample()
+        masks = torch.cat([mask.flatten() for mask in opt.candidate_mask.values()])
+        assert masks.sum() == len(masks) - round(len(masks) / 2)
+
+
+def test_a_selector_that_finds_nothing_sends_to_the_advice():
+    """None of them recommends by itself what may not be there either."""
+    for selector in (BatchNormSelector(), QueryKeySelector(), RecurrentSelector(), lambda _: []):
+        with pytest.raises(ValueError, match=r"found no.* in Linear.*Leave out `selector=`"):
+            wrap(selector, nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +297,7 @@ def test_layers_without_a_map_are_no_attention():
     model = nn.ModuleList([SomeLightningAttention({"qkv_proj": nn.Linear(4, 12)})])
 
     assert not QueryKeySelector().finds_any(model)
-    with pytest.raises(ValueError, match="has neither BatchNorm layers nor attention"):
+    with pytest.raises(ValueError, match="has neither BatchNorm scales nor attention"):
         default_selector(model)
 
 

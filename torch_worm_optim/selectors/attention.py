@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from torch_worm_optim.arguments import check_choice
-from torch_worm_optim.selectors.base import JoinableSelector, Representative
+from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
 from torch_worm_optim.selectors.layouts import (
     BY_CLASS,
     BY_NAMES,
@@ -153,9 +153,8 @@ class QueryKeySelector(JoinableSelector):
             found.update((repr(each), each) for each in chosen)
         if not found:
             raise ValueError(
-                f"QueryKeySelector found no query and key weights in {type(model).__name__}. Pass "
-                "another `selector=`, for instance BatchNormSelector() for convolutional networks "
-                'or ParameterSelector("*.weight").'
+                f"QueryKeySelector found no query and key weights in {type(model).__name__}. "
+                f"{LEAVE_IT_OUT}"
             )
         return list(found.values())
 

@@ -18,6 +18,12 @@ _WRAPPER_PREFIXES = (
     "_fsdp_wrapped_module.",
 )
 
+# One place knows what to pass instead: the error of the default selector, which looks at the model.
+LEAVE_IT_OUT = (
+    "Leave out `selector=`: the default takes BatchNorm scales, or queries and keys, and where a "
+    "model has neither its error lists what there is to select."
+)
+
 
 def canonical_name(name: str) -> str:
     """The parameter's name without what DDP, ``torch.compile`` and checkpoint wrappers add to it.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_worm_optim.selectors.base import JoinableSelector, Representative
+from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class BatchNormSelector(JoinableSelector):
         if not shifts_of:
             raise ValueError(
                 "BatchNormSelector found no BatchNorm layer with a scale in "
-                f"{type(model).__name__}. Pass another `selector=`, for instance "
-                'QueryKeySelector() for transformers or ParameterSelector("*.weight").'
+                f"{type(model).__name__}. {LEAVE_IT_OUT}"
             )
         return [Representative(name, tuple(shifts)) for name, shifts in shifts_of.items()]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from torch_worm_optim.arguments import check_choice
-from torch_worm_optim.selectors.base import JoinableSelector, Representative
+from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class RecurrentSelector(JoinableSelector):
                     )
         if not found:
             raise ValueError(
-                f"RecurrentSelector found no recurrent layer in {type(model).__name__}. Pass "
-                'another `selector=`, for instance ParameterSelector("*.weight").'
+                f"RecurrentSelector found no recurrent layer in {type(model).__name__}. "
+                f"{LEAVE_IT_OUT}"
             )
         return list(found.values())
 

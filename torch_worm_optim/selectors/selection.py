@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_worm_optim.selectors.attention import QueryKeySelector
-from torch_worm_optim.selectors.base import Representative, Selector
+from torch_worm_optim.selectors.base import LEAVE_IT_OUT, Representative, Selector
 from torch_worm_optim.selectors.batchnorm import BatchNormSelector
 
 
@@ -35,11 +35,40 @@ def default_selector(model: nn.Module) -> list[Representative]:
     for selector in (BatchNormSelector(), QueryKeySelector()):
         if selector.finds_any(model):
             return selector(model)
+    kinds = {type(module).__name__ for module in model.modules()}
+    frozen = ", ".join(sorted(kind for kind in kinds if "FrozenBatchNorm" in kind))
     raise ValueError(
-        f"{type(model).__name__} has neither BatchNorm layers nor attention with query and key "
-        "weights, so no parameters represent it by themselves. Name them: "
-        '`selector=ParameterSelector("*.weight")`.'
+        f"{type(model).__name__} has neither BatchNorm scales nor attention with query and key "
+        "weights, so no parameters represent it by themselves. "
+        + (f"Scales of {frozen} are buffers, which are not trained: use BatchNorm. " * bool(frozen))
+        + f"Name some that it has:{_what_there_is(model)}"
     )
+
+
+def _what_there_is(model: nn.Module) -> str:
+    """A line for each selector that finds something in the model, to be typed as it stands."""
+    modules = list(model.modules())
+    norms = {
+        type(module).__name__
+        for module in modules
+        for scale in (module._parameters.get("weight"),)
+        if "Norm" in type(module).__name__ and scale is not None and scale.ndim == 1
+    }
+    lines = []
+    if any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in modules):
+        lines.append("hidden-to-hidden weights: selector=RecurrentSelector()")
+    if norms:
+        lines.append(
+            f"scales of {', '.join(sorted(norms))}: "
+            'selector=ParameterSelector(lambda name, p: name.endswith("weight") and p.ndim == 1)'
+        )
+    if any(not is_lazy(p) and p.ndim > 1 for p in model.parameters()):
+        lines.append(
+            "every matrix and filter: selector=ParameterSelector(lambda name, p: p.ndim > 1)"
+        )
+    else:
+        lines.append('every parameter: selector=ParameterSelector("*")')
+    return "".join(f"\n- {line}" for line in lines)
 
 
 def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> list[Representative]:
@@ -68,8 +97,7 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
     representatives = list(selector(model))
     if not representatives:
         raise ValueError(
-            f"The selector {selector!r} found nothing in {type(model).__name__}. Pass another "
-            '`selector=`, for instance ParameterSelector("*.weight").'
+            f"The selector {selector!r} found nothing in {type(model).__name__}. {LEAVE_IT_OUT}"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Shapes are looked at on tensors without data, whole where a rank holds a part.
