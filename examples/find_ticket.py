@@ -1,8 +1,9 @@
 """Find the winning ticket of a CNN while it trains, with WORM and with EB Train, side by side.
 
-Both searches start from the same weights and see the same batches. Each network is trained until
-its ticket is found, pruned, shrunk to what is left, and trained on; the table compares what that
-cost and what was gained.
+Both searches start from the same weights and see the same batches. EB Train is here its stopping
+rule, on training that nothing is truncated in. Each network is trained until its ticket is found,
+pruned, shrunk to what is left, and trained on; the table compares what that cost and what was
+gained.
 
     python examples/find_ticket.py        # 8x8 digits, nothing to download
     python examples/find_ticket.py --data cifar10 --data-dir data
@@ -331,7 +332,7 @@ def parse() -> argparse.Namespace:
         type=float,
         default=0.0,
         help="strength of network slimming's L1 term on BatchNorm scales during the search, by "
-        "either method; EB Train's published code has it as an option, of 1e-4",
+        "either method; EB Train's published scripts have 1e-4",
     )
     add("--scatter", action="store_true", help="narrow norms that write into residual streams")
     add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")

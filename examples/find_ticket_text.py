@@ -1,7 +1,8 @@
 """Find the winning ticket of a transformer while it trains, with WORM and with EB Train.
 
-All searches start from the same weights and see the same batches. Each network is trained until its
-ticket is found, pruned, and trained on; the table compares what that cost and what was left.
+All searches start from the same weights and see the same batches. EB Train is here its stopping
+rule, on training that nothing is truncated in. Each network is trained until its ticket is found,
+pruned, and trained on; the table compares what that cost and what was left.
 
     python examples/find_ticket_text.py          # Python's own documentation, nothing to download
     python examples/find_ticket_text.py --task mrpc --data-dir GLUE --model DIR-or-hub-name
