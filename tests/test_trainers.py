@@ -1,4 +1,4 @@
-"""Accelerate, Lightning, transformers' Trainer and timm's training conventions, the real ones.
+"""Accelerate, Lightning, transformers, timm, skorch and Ignite, the real ones.
 
 What each of them does is written out once more as a plain loop, and has to agree bit for bit.
 """
@@ -1044,6 +1044,114 @@ def test_timm_resumes(tmp_path, epochs, name):
 
     assert epoch == epochs
     assert_same_run(*whole[:2], net, opt)
+
+
+# ---- skorch and Ignite
+
+
+def pruned_plainly(n_epochs, accumulate=1):
+    """The loop that they take over: the same batches in every epoch, and pruned at the ticket."""
+    net, opt = build()
+    for data in n_epochs * [
+        batches(first, first + accumulate) for first in range(0, 4 * accumulate, accumulate)
+    ]:
+        train_plainly(net, opt, data, accumulate=accumulate)
+        if opt.phase is Phase.CONVERGED:
+            opt.prune()
+    return net, opt
+
+
+@pytest.fixture
+def skorch_net():
+    """Makes the net of the documentation."""
+    skorch = pytest.importorskip("skorch")
+
+    class WormNet(skorch.NeuralNet):
+        def initialize_optimizer(self):
+            super().initialize_optimizer()
+            self.optimizer_ = WormOptimizer(self.optimizer_, self.module_, **SEARCH)
+            return self
+
+    class Prune(skorch.callbacks.Callback):
+        def on_batch_end(self, net, training=None, **kwargs):
+            if training and net.optimizer_.phase is Phase.CONVERGED:
+                net.optimizer_.prune()
+
+    def make(callbacks=(), **options):
+        return WormNet(
+            small_cnn,
+            nn.CrossEntropyLoss,
+            batch_size=16,
+            train_split=None,
+            callbacks=[Prune, *callbacks],
+            verbose=0,
+            lr=0.05,
+            optimizer__momentum=0.9,
+            optimizer__nesterov=True,
+            optimizer__weight_decay=1e-2,
+            **options,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_skorch_trains_as_the_plain_loop_and_resumes(skorch_net, tmp_path, stop):
+    """Stopped and resumed from its checkpoint, a run is the plain loop's bit for bit."""
+    checkpoints = pytest.importorskip("skorch.callbacks").Checkpoint
+    data = [torch.cat(tensors) for tensors in zip(*batches(0, 4), strict=True)]
+
+    skorch_net([checkpoints(monitor=None, dirname=tmp_path)], max_epochs=stop).fit(*data)
+    checkpoint = checkpoints(monitor=None, dirname=tmp_path)
+    net = skorch_net([checkpoint]).initialize()
+    net.load_params(checkpoint=checkpoint)
+    assert net.optimizer_.phase is (Phase.TRUNCATING if stop == 1 else Phase.PRUNED)
+    net.partial_fit(*data, epochs=4 - stop)
+
+    assert net.optimizer_.phase is Phase.PRUNED
+    assert_same_run(net.module_, net.optimizer_, *pruned_plainly(4))
+    assert net.fit(*data, epochs=1).optimizer_.phase is Phase.TRUNCATING  # fit() begins anew
+
+
+def ignite_trainer(folder, accumulate):
+    """A supervised trainer that prunes at the ticket, its checkpoint, and what that holds."""
+    engine = pytest.importorskip("ignite.engine")
+    handlers = pytest.importorskip("ignite.handlers")
+    net, opt = build()
+    trainer = engine.create_supervised_trainer(
+        net, opt, nn.functional.cross_entropy, gradient_accumulation_steps=accumulate
+    )
+
+    @trainer.on(engine.Events.ITERATION_COMPLETED)
+    def prune():
+        if opt.phase is Phase.CONVERGED:
+            opt.prune()
+
+    state = {"model": net, "optimizer": opt, "trainer": trainer}
+    checkpoint = handlers.Checkpoint(state, handlers.DiskSaver(folder, require_empty=False))
+    trainer.add_event_handler(engine.Events.EPOCH_COMPLETED, checkpoint)
+    return trainer, checkpoint, state
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_ignite_trains_as_the_plain_loop_and_resumes(tmp_path, stop, accumulate):
+    """Stopped and resumed from its checkpoint, a run is the plain loop's bit for bit."""
+    events = pytest.importorskip("ignite.engine").Events
+    data = batches(0, 4 * accumulate)
+
+    trainer, checkpoint, _ = ignite_trainer(tmp_path, accumulate)
+    trainer.add_event_handler(events.EPOCH_COMPLETED(once=stop), trainer.terminate)
+    trainer.run(data, max_epochs=4)
+    saved = checkpoint.last_checkpoint
+    trainer, checkpoint, state = ignite_trainer(tmp_path, accumulate)
+    checkpoint.load_objects(state, saved)
+    assert state["optimizer"].phase is (Phase.TRUNCATING if stop == 1 else Phase.PRUNED)
+    trainer.run(data)
+
+    assert trainer.state.epoch == 4
+    assert state["optimizer"].phase is Phase.PRUNED
+    assert_same_run(state["model"], state["optimizer"], *pruned_plainly(4, accumulate))
 
 
 def test_callbacks_name_the_extra_that_they_need():
