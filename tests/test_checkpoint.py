@@ -16,6 +16,7 @@ from training import BASES, same, small_cnn, train, weights_of, window_of
 
 from torch_worm_optim import (
     BatchNormSelector,
+    ParameterSelector,
     Phase,
     QueryKeySelector,
     Representative,
@@ -449,3 +450,55 @@ def test_a_search_over_units_resumes():
         assert parameter.equal(resumed[0].get_parameter(name))
     with pytest.raises(ValueError, match="saved for other masks: its `parts`"):
         build("head")[1].load_state_dict(state)
+
+
+class Attention(nn.MultiheadAttention):
+    """Attention of a sequence to itself, with a fused matrix of queries, keys and values."""
+
+    def forward(self, x):
+        """The mixed values."""
+        return super().forward(x, x, x)[0]
+
+
+def transposed():
+    """A Linear layer whose weight is stored column by column."""
+    linear = nn.Linear(6, 8)
+    linear.weight = nn.Parameter(torch.rand(6, 8).t())
+    return linear
+
+
+SLICED = Representative("weight", part=(slice(0, 4), slice(1, 6, 2)))
+INTERLEAVED = Representative("weight", view=(4, 2, 6), part=(slice(None), slice(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("make", "selector", "shape"),
+    [
+        (lambda: Attention(8, 2), QueryKeySelector(), (3, 1, 8)),
+        (lambda: Attention(8, 2), QueryKeySelector(granularity="head", value=True), (3, 1, 8)),
+        (small_cnn, BatchNormSelector(), (4, 1, 6, 6)),
+        (
+            lambda: small_cnn().to(memory_format=torch.channels_last),
+            ParameterSelector("?.weight", granularity="row"),
+            (4, 1, 6, 6),
+        ),
+        (lambda: nn.Linear(6, 8), lambda _: [SLICED], (3, 6)),
+        (transposed, lambda _: [INTERLEAVED], (3, 6)),
+    ],
+)
+def test_masks_go_into_safetensors(tmp_path, make, selector, shape):
+    """Which takes contiguous tensors only, and none that share memory."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = make()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = WormOptimizer(sgd, model, selector, sample_every=1, window=2, stopping_point=1.0)
+    while not opt.converged:
+        opt.zero_grad()
+        model(torch.rand(shape)).square().mean().backward()
+        opt.step()
+
+    for masks in (opt.final_mask, opt.ticket):
+        safetensors.save_file(masks, tmp_path / "masks")
+        loaded = safetensors.load_file(tmp_path / "masks")
+        assert loaded.keys() == masks.keys()
+        assert all(torch.equal(mask, masks[name]) for name, mask in loaded.items())
