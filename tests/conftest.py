@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import training
 from hypothesis import settings
 
 # Hypothesis loads its own "ci" profile where CI is set; a deadline would make the suite depend on
@@ -20,10 +21,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="check BatchNormSelector on every model that timm has (some minutes)",
     )
+    parser.addoption(
+        "--device", default="cpu", help="where the small network of most tests is trained"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the small network where it was asked for."""
+    training.DEVICE = torch.device(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 # Tensors here are tiny: threads would only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
+
+# Else the bits of a convolution's gradient differ from call to call on a CUDA device.
+torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

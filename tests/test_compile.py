@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
+import training
 from torch import nn
 from training import BASES, same, small_cnn, weights_of
 
@@ -34,7 +35,7 @@ def batches():
     """The same images and labels on every call."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(N_STEPS):
-        images = torch.randn(16, 1, 6, 6, generator=generator)
+        images = torch.randn(16, 1, 6, 6, generator=generator).to(training.DEVICE)
         yield images, (images.mean((1, 2, 3)) * 8).round().clamp(-1, 1).long() + 1
 
 

@@ -362,7 +362,7 @@ def test_large_masks_equal_a_sort(n):
     assert torch.equal(expected, kept)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 @pytest.mark.parametrize("scope", ["global", "layer"])

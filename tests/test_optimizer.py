@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import training
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import prune_ratios, scopes
@@ -449,7 +450,7 @@ def test_a_search_may_start_on_the_meta_device():
     with torch.device("meta"):
         model = small_cnn()
     opt = WormOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sample_every=1)
-    model.to_empty(device="cpu")
+    model.to_empty(device=training.DEVICE)
     model.load_state_dict(small_cnn().state_dict())
     opt.param_groups[0]["params"] = list(model.parameters())
     train(model, opt, range(3))
@@ -464,7 +465,7 @@ def test_the_default_device_does_not_matter():
     try:
         for _ in range(6):
             for parameter in model.parameters():
-                parameter.grad = torch.rand(parameter.shape, device="cpu")
+                parameter.grad = torch.rand(parameter.shape, device=training.DEVICE)
             opt.step()
     finally:
         torch.set_default_device(None)
@@ -777,7 +778,7 @@ def test_several_devices_or_dtypes_share_one_mask():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 def test_cuda_steps_between_samples_do_not_wait(truncate):
     """On CUDA, a truncated step never synchronises with the host."""

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import training
 from torch.optim import lr_scheduler, swa_utils
 from training import loss_of, same, small_cnn, train, weights_of
 
@@ -198,7 +199,7 @@ def test_averaged_weights_follow_a_pruned_model():
     for step in range(12, 15):
         advance(model, opt, scheduler, range(step, step + 1))
         averaged.update_parameters(model)
-    swa_utils.update_bn([torch.randn(4, 1, 6, 6)], averaged)
+    swa_utils.update_bn([torch.randn(4, 1, 6, 6, device=training.DEVICE)], averaged)
     for name, mask in opt.final_mask.items():
         assert torch.equal(averaged.module.get_parameter(name) != 0, mask)
 

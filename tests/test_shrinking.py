@@ -619,15 +619,53 @@ def test_a_report_of_nothing_names_no_layer():
     assert report.layers["scale"] == (2, 2)
 
 
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("make", [Sequence, Residual, Concatenated, Grouped, Split])
+def test_sizes_that_change_are_multiples(make, scatter):
+    """Exactly, and with as few zero channels kept as that takes."""
+    model = make()
+    zero_channels(model, 0.7)
+    least, aligned = copy.deepcopy(model), copy.deepcopy(model)
+    shrink_(least, IMAGES, scatter=scatter)
+
+    report = shrink_(aligned, IMAGES, scatter=scatter, multiple_of=4)
+
+    expected = outputs(model, IMAGES, True)
+    torch.testing.assert_close(outputs(aligned, IMAGES, True), expected, rtol=1e-3, atol=1e-4)
+    smallest = dict(least.named_parameters())
+    for name, parameter in aligned.named_parameters():
+        dense = model.get_parameter(name).shape
+        for n, n_least, n_dense in zip(parameter.shape, smallest[name].shape, dense, strict=True):
+            assert n == n_dense or n % 4 == 0
+            assert n_least <= n <= n_dense
+            if make is Sequence:
+                assert n in (n_dense, -(-n_least // 4) * 4)
+    assert any("multiple of 4" in why for why in report.left.values())
+
+
+def test_a_multiple_is_a_whole_number():
+    """Anything else is refused."""
+    with pytest.raises(ValueError, match=r"multiple_of.*at least 1"):
+        shrink_(Sequence(), IMAGES, multiple_of=0)
+
+
 def test_a_compiled_network_is_recompiled_and_agrees():
-    """torch.compile notices the smaller parameters by itself."""
+    """torch.compile notices the smaller parameters, also where only a part of it is compiled."""
     torch.manual_seed(0)
     model = Sequence().eval()
     zero_channels(model)
-    compiled = torch.compile(model, backend="eager")
+    widths = []
+
+    def backend(graph, inputs):
+        widths.append(model[0].out_channels)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
     expected = compiled(IMAGES[0])
 
     report = shrink_(compiled, IMAGES)
 
     assert "0.weight" in report.kept
+    compiled(IMAGES[0])
+    assert widths == [8, len(report.kept["0.weight"][0])]
     torch.testing.assert_close(compiled(IMAGES[0]), expected)

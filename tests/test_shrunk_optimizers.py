@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import training
 from training import same, small_cnn, train, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer
@@ -31,7 +32,7 @@ def pruned(make, **options):
 
 def one_image():
     """What the network is traced with."""
-    return torch.ones(1, 1, 6, 6, dtype=torch.double)
+    return torch.ones(1, 1, 6, 6, dtype=torch.double, device=training.DEVICE)
 
 
 def lion(parameters):
@@ -63,7 +64,7 @@ def clear_what_was_cut_(model, opt, kept):
         stays = torch.ones_like(tensor)
         for dim, indices in enumerate(dims):
             if indices is not None:
-                cut = torch.ones(tensor.shape[dim], dtype=torch.bool)
+                cut = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
                 cut[indices] = False
                 stays.index_fill_(dim, cut.nonzero()[:, 0], 0.0)
         state = opt.state[tensor].values() if tensor in opt.state else ()

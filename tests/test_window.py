@@ -75,7 +75,7 @@ def test_bits_of_a_byte_are_the_ages_of_masks():
     assert [row.tolist() for row in window.to_bytes(0)] == [[0b101, 0b110], [0, 0]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_masks_may_come_from_a_device():
     """They are packed on the host."""
     window = Window([3, 100], 2)

@@ -437,7 +437,9 @@ class WormOptimizer(OptimizerWrapper):
         self._log_change(phase)
 
     @_untraced
-    def shrink(self, *args: Any, scatter: bool = False, **kwargs: Any) -> ShrinkReport:
+    def shrink(
+        self, *args: Any, scatter: bool = False, multiple_of: int = 1, **kwargs: Any
+    ) -> ShrinkReport:
         """Cut what the ticket has removed out of the network, in place, and train on.
 
         Channels that are zero go, and what they are read by: exactly, so that the network computes
@@ -450,6 +452,8 @@ class WormOptimizer(OptimizerWrapper):
             *args: One batch for the model, which is run in evaluation mode.
             scatter (bool, optional): Whether BatchNorms that write into a wider residual stream are
                 narrowed too, see :func:`~torch_worm_optim.shrink_` (default: False).
+            multiple_of (int, optional): What sizes that change are a multiple of; 8 suits tensor
+                cores in half precision (default: 1).
             **kwargs: Keyword arguments of the model.
 
         Returns:
@@ -494,7 +498,12 @@ class WormOptimizer(OptimizerWrapper):
             raise RuntimeError("The search is pruned and has no ticket. Load a whole checkpoint.")
         identity = self._masks_identity()
         report = shrink_(
-            self._layout.model, args, kwargs, optimizer=self.base_optim, scatter=scatter
+            self._layout.model,
+            args,
+            kwargs,
+            optimizer=self.base_optim,
+            scatter=scatter,
+            multiple_of=multiple_of,
         )
         self._search.shrunk = Shrunk.after(
             report, final_mask, ticket, identity, self._search.shrunk

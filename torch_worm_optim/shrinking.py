@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch_worm_optim.arguments import check_count
 from torch_worm_optim.notices import warn_user
 from torch_worm_optim.selectors.base import canonical_name
 from torch_worm_optim.sharding import is_dtensor
@@ -154,6 +155,7 @@ def shrink_(
     *,
     optimizer: Optimizer | None = None,
     scatter: bool = False,
+    multiple_of: int = 1,
 ) -> ShrinkReport:
     """Cut the channels that are zero out of a network, exactly, in place.
 
@@ -170,11 +172,15 @@ def shrink_(
         optimizer: An optimizer of the model, whose state is cut alike.
         scatter: Whether BatchNorms that write into a wider residual stream are narrowed as well;
             their class then is one that writes by index.
+        multiple_of: Zero channels stay until the sizes that change are multiples of it. With 8, and
+            half precision, tensor cores stay at their speed, which other sizes can halve.
 
     Returns:
         The :class:`ShrinkReport`.
 
     Raises:
+        TypeError: If ``multiple_of`` is not a number.
+        ValueError: If ``multiple_of`` is not a whole number of at least 1.
         RuntimeError: If the model is sharded or wrapped in DistributedDataParallel, if the
             optimizer's state is spread over ranks, if the model's output differs from call to call,
             or if what it computes would change. Model and optimizer are left as they were.
@@ -187,6 +193,7 @@ def shrink_(
         >>> model[0].out_features, model[1].num_features, model[3].in_features
         (2, 2, 2)
     """
+    multiple_of = check_count("multiple_of", multiple_of, least=1)
     _refuse_wrapped(model)
     if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer has it
         raise RuntimeError(
@@ -207,7 +214,7 @@ def shrink_(
         for cut_splits, scattering in dict.fromkeys(attempts):
             cut = _Cut(model)
             try:
-                cut.away(args, kwargs, cut_splits, scattering)
+                cut.away(args, kwargs, cut_splits, scattering, multiple_of)
                 outputs, macs_after = run()
                 difference = _difference(expected, outputs)
                 if difference > _tolerance(expected):
@@ -279,10 +286,18 @@ class _Cut:
         self._classes = [(module, type(module)) for module in model.modules()]
 
     def away(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], cut_splits: bool, scatter: bool
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        cut_splits: bool,
+        scatter: bool,
+        multiple_of: int,
     ) -> None:
         """Cut out all that can go."""
-        trace = trace_channels(self.model, args, kwargs, cut_splits=cut_splits)
+        trace_with = functools.partial(
+            trace_channels, self.model, args, kwargs, cut_splits=cut_splits, multiple_of=multiple_of
+        )
+        trace = trace_with()
         self._cut(trace.kept)
         self.left = trace.left
         if not scatter or not trace.left:
@@ -290,7 +305,7 @@ class _Cut:
         modules = dict(self.model.named_modules())
         owners = {name: modules[name.rpartition(".")[0]] for name in trace.left}
         scattered = [name for name, module in owners.items() if _is_zero_at_zero(module)]
-        trace = trace_channels(self.model, args, kwargs, cut_splits=cut_splits, scattered=scattered)
+        trace = trace_with(scattered=scattered)
         for name in scattered:
             if name in trace.kept:
                 indices = torch.as_tensor(trace.kept[name][0])
@@ -325,6 +340,7 @@ class _Cut:
         for module, sizes in self._attributes:
             for key, value in sizes.items():
                 setattr(module, key, value)
+        _tell_compiler(self.model)
 
 
 def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -482,8 +498,21 @@ _SIZES = (
 _RESIZABLE = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU)
 
 
+def _tell_compiler(model: nn.Module) -> None:
+    """Have torch.compile look at the shapes of parameters and buffers again.
+
+    It does so, in torch 2.11 at least, only for modules whose dicts of them have changed.
+    """
+    for module in model.modules():
+        dicts: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in dicts:
+            for name in list(tensors):
+                tensors[name] = tensors.pop(name)
+
+
 def _fit_modules(model: nn.Module) -> None:
     """Have modules say of their sizes what their parameters are."""
+    _tell_compiler(model)
     for module in model.modules():
         if isinstance(module, _ConvNd):
             shape = module.weight.shape

@@ -90,6 +90,7 @@ def trace_channels(
     *,
     cut_splits: bool = True,
     scattered: Collection[str] = (),
+    multiple_of: int = 1,
 ) -> Trace:
     """Watch a forward pass, and say what can be cut out of the model's parameters and buffers.
 
@@ -101,6 +102,7 @@ def trace_channels(
             from each part. A forward that reads the size of the parts from an attribute fails then.
         scattered: Names of BatchNorm scales whose output goes into a wider tensor by index, so that
             they lose channels that the tensor keeps.
+        multiple_of: What the number of indices of a dimension that loses some is a multiple of.
 
     Returns:
         The :class:`Trace`.
@@ -113,7 +115,7 @@ def trace_channels(
         >>> trace_channels(model, [torch.ones(1, 1, 2, 2)], {}).kept["0.weight"]
         (array([0, 2]), None, None, None)
     """
-    watch = _Watch(model, cut_splits, scattered)
+    watch = _Watch(model, cut_splits, scattered, multiple_of)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with torch.no_grad(), watch:
         outputs = model(*args, **kwargs)
@@ -125,9 +127,12 @@ def trace_channels(
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Labels of all tensors of a pass, and what joins, reads and pins them."""
 
-    def __init__(self, model: nn.Module, cut_splits: bool, scattered: Collection[str]) -> None:
+    def __init__(
+        self, model: nn.Module, cut_splits: bool, scattered: Collection[str], multiple_of: int
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cut_splits, self.scattered = cut_splits, scattered
+        self.multiple_of = multiple_of
         self.n_labels = _PINNED + 1
         self.joined: list[tuple[Labels, Labels]] = []
         self.pinned: list[tuple[Labels, str]] = []
@@ -575,7 +580,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     stays[roots] = True
         goes = ~stays
         balanced = [[root[part] for part in parts] for parts in self.balanced]
-        _keep_some(goes, [r for each in of_named.values() for r in each], balanced, why)
+        dims = [roots for each in of_named.values() for roots in each]
+        _keep_some(goes, dims, balanced, self.multiple_of, why)
         trace = Trace()
         for name, dims in of_named.items():
             kept = [None if not goes[r].any() else np.flatnonzero(~goes[r]) for r in dims]
@@ -652,13 +658,22 @@ def _components(n: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
 
 
 def _keep_some(
-    goes: Flags, dims: Sequence[Labels], balanced: Sequence[Sequence[Labels]], why: dict[int, str]
+    goes: Flags,
+    dims: Sequence[Labels],
+    balanced: Sequence[Sequence[Labels]],
+    multiple_of: int,
+    why: dict[int, str],
 ) -> None:
-    """Have one index of each dimension stay, and as many of each part that must be equal."""
+    """Have a multiple of some number stay of each dimension, and equal numbers of some parts."""
     changed = True
     while changed:
         changed = False
         for roots in dims:
+            n_lacking = -int((~goes[roots]).sum()) % multiple_of
+            for root in roots[goes[roots]][:n_lacking].tolist():
+                goes[root] = False
+                why.setdefault(root, f"sizes stay a multiple of {multiple_of}")
+                changed = True
             if len(roots) and goes[roots].all():
                 goes[roots[0]] = False
                 why.setdefault(int(roots[0]), "the last one of its layer")

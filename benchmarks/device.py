@@ -1,17 +1,21 @@
-"""Time samples, truncation and whole training steps on a CUDA device, beside what they must read.
+"""Tests and times on a CUDA device: samples, truncation, and steps dense, pruned and shrunk.
 
-    python -m benchmarks.cuda                        # 1.07 G entries in bfloat16, needs some 30 GB
-    python -m benchmarks.cuda --layers 4             # an eighth of that
-    python -m benchmarks.cuda --device cpu --layers 1 --width 256 --quick   # does it run at all
+    python -m benchmarks.device                      # some minutes and 30 GB of device memory
+    python -m benchmarks.device --layers 4           # an eighth of the entries
+    python -m benchmarks.device --device cpu --layers 1 --width 256 --quick   # does it run at all
 
-Times are medians of device events, rivals in turns with ours. Prints a table and writes JSON.
+Times are medians of device events, rivals in turns with ours. Prints tables, and writes JSON after
+each part, so that a run that breaks off loses nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.__main__ import sample_of, table
-from torch_worm_optim import ParameterSelector, WormOptimizer
+from benchmarks.shrink import megabytes, resnet18, vgg11, zero_channels
+from torch_worm_optim import ParameterSelector, WormOptimizer, shrink_
 from torch_worm_optim.truncation import scale_gradients_
 
 WINDOW = 5
@@ -163,6 +168,16 @@ def _step(model: nn.Module, opt: torch.optim.Optimizer, inputs: Tensor, labels: 
     opt.step()
 
 
+def search(device: torch.device, layers: int, width: int, repeats: int) -> list[dict[str, object]]:
+    """Samples, truncation and waits for so many query and key matrices in bfloat16."""
+    weights = {
+        str(i): torch.randn(width, width, device=device, dtype=torch.bfloat16) * 0.02
+        for i in range(2 * layers)
+    }
+    rows = samples(weights, repeats) + truncation(weights, repeats)
+    return rows + waits(weights) if device.type == "cuda" else rows
+
+
 def waits(weights: dict[str, Tensor]) -> list[dict[str, object]]:
     """How often a step and a sample wait for the device."""
     model = nn.ParameterDict({f"w{name}": nn.Parameter(w) for name, w in weights.items()})
@@ -191,35 +206,108 @@ def waits(weights: dict[str, Tensor]) -> list[dict[str, object]]:
     return rows
 
 
+def shrunk(device: torch.device, repeats: int, quick: bool) -> list[dict[str, object]]:
+    """Training steps of networks that are dense, pruned, shrunk, and shrunk with scatter."""
+    import timm
+
+    rows: list[dict[str, object]] = []
+    cases: list[tuple[str, Callable[[], nn.Module], int, int]] = [
+        ("ResNet-18, 32 pixels, batch 128", resnet18, 128, 32),
+        ("ResNet-18, 32 pixels, batch 1024", resnet18, 1024, 32),
+        ("VGG-11-BN, 32 pixels, batch 128", vgg11, 128, 32),
+        ("VGG-11-BN, 32 pixels, batch 1024", vgg11, 1024, 32),
+        ("ResNet-50, 224 pixels, batch 128", partial(timm.create_model, "resnet50"), 128, 224),
+    ]
+    for name, make, batch, side in cases[: 1 if quick else None]:
+        for share in (0.5,) if quick else (0.3, 0.5, 0.7):
+            torch.manual_seed(0)
+            shape = (4 if quick else batch, 3, side, side)
+            images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+            labels = torch.randint(10, (len(images),), device=device)
+            models = {"dense": make()}
+            models["pruned"] = copy.deepcopy(models["dense"])
+            zero_channels(models["pruned"], share)
+            for kind, scatter in (("shrunk", False), ("shrunk, scatter", True)):
+                models[kind] = copy.deepcopy(models["pruned"]).to(device)
+                shrink_(models[kind], images[:1], scatter=scatter)
+            works: dict[str, Callable[[], object]] = {}
+            for kind, model in models.items():
+                model.to(device, memory_format=torch.channels_last)
+                sgd = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
+                works[kind] = partial(_step, model, sgd, images, labels)
+            times = medians(works, repeats, device)
+            rows += [
+                {
+                    "work": f"training step, {name}, p = {share:g}, {kind}",
+                    "ms": times[kind],
+                    "times faster": times["dense"] / times[kind],
+                    "peak of a step, MB": peak_of(works[kind], device),
+                    "checkpoint, MB": megabytes(models[kind]),
+                }
+                for kind in models
+            ]
+    return rows
+
+
+def peak_of(work: Callable[[], object], device: torch.device) -> float | None:
+    """Megabytes of device memory at the peak of some work, over what was held before."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def tests(device: torch.device) -> list[dict[str, object]]:
+    """The whole suite's tests that need the device, and the others on the device."""
+    files = ["optimizer", "fading", "truncation", "wrapper", "checkpoint", "compile", "schedulers"]
+    rows: list[dict[str, object]] = []
+    for what in (["-m", "cuda", "tests"], [f"tests/test_{name}.py" for name in files]):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *what]
+        command += ["--device", device.type, "-n", "8"]
+        start = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True)
+        print(result.stdout[-4000:], flush=True)
+        rows.append(
+            {
+                "work": " ".join(["tests", *what])[:50],
+                "outcome": result.stdout.splitlines()[-1] if result.stdout else result.stderr,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     """Run all and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", nargs="*", default=["tests", "samples", "steps", "shrunk"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small networks")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks_cuda.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks_device.json"))
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.manual_seed(0)
-    weights = {
-        str(i): torch.randn(args.width, args.width, device=device, dtype=torch.bfloat16) * 0.02
-        for i in range(2 * args.layers)
+    parts: dict[str, Callable[[], list[dict[str, object]]]] = {
+        "tests": lambda: tests(device),
+        "samples": lambda: search(device, args.layers, args.width, args.repeats),
+        "steps": lambda: training(device, args.repeats, args.quick),
+        "shrunk": lambda: shrunk(device, args.repeats, args.quick),
     }
-    rows = samples(weights, args.repeats) + truncation(weights, args.repeats)
-    if device.type == "cuda":
-        rows += waits(weights)
-    del weights
-    rows += training(device, args.repeats, args.quick)
-    print(table(rows))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    args.out.write_text(
-        json.dumps(
-            {"machine": {"torch": torch.__version__, "device": name}, "rows": rows}, indent=1
-        )
-    )
+    results: dict[str, object] = {"torch": torch.__version__, "device": name}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        start = time.perf_counter()
+        rows = parts[part]()
+        print(f"{table(rows)}\n-- {part}: {time.perf_counter() - start:.0f} s", flush=True)
+        results[part] = rows
+        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
