@@ -151,7 +151,8 @@ class Shared(nn.Module):
         return self.out(self.shared(self.shared(torch.relu(self.stem(x)))))
 
 
-IMAGES = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),)
+# A BatchNorm of only two vectors makes signs of them, and of its gradients mostly rounding.
+IMAGES = (torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)),)
 NETWORKS = {
     "sequence": (Sequence, IMAGES),
     "residual": (Residual, IMAGES),
@@ -235,12 +236,22 @@ def test_a_smaller_network_computes_the_same(which, share, seed, scatter):
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=1e-2),
     "Adam": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=1e-2),
-    "AMSGrad": lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True, foreach=True),
-    "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.5, centered=True),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
-    "NAdam": lambda p: torch.optim.NAdam(p, 1e-2),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "AMSGrad, foreach": lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True, foreach=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(
+        p, 1e-3, momentum=0.5, centered=True, weight_decay=1e-2
+    ),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2, weight_decay=1e-2),
+    "NAdam": lambda p: torch.optim.NAdam(p, 1e-2, weight_decay=1e-2),
 }
+
+
+def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Double precision and the largest entry are the measure."""
+    # SGD stays below 1e-13. The others divide by roots of second moments: of those as small as
+    # 1e-18 they make more of the last bit of a gradient, and came to 2e-13 at most.
+    bound = 1e-12 * float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=bound)
 
 
 def hold_zeros(model: nn.Module, removed: dict[str, Tensor]) -> None:
@@ -299,11 +310,12 @@ def test_training_afterwards_is_training_of_the_pruned_network(which, scatter, o
             if name in report.kept
             else dense
         )
-        torch.testing.assert_close(parameter, expected.detach(), rtol=1e-7, atol=1e-10)
+        assert_equal_but_for_rounding(parameter.detach(), expected.detach())
     for training in (False, True):
-        torch.testing.assert_close(
-            outputs(small, batch, training), outputs(pruned, batch, training), rtol=1e-8, atol=1e-10
-        )
+        for a, b in zip(
+            outputs(small, batch, training), outputs(pruned, batch, training), strict=True
+        ):
+            assert_equal_but_for_rounding(a, b)
 
 
 @networks
