@@ -194,7 +194,11 @@ def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = Fa
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.mul_((parameter.abs() > 0.1).to(parameter.dtype))
-            opt.sample(), opt.sample()
+            opt.sample()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(1 + 2**-6)
+            opt.sample()
             masks.append(outcome(net, opt)["masks"])
         ties = [str(w.message).split(":")[0] for w in caught if "tie for" in str(w.message)]
         results.append((masks, outcome(net, opt)["history"], ties))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from training import BASES, same, small_cnn, train, weights_of, window_of
+from training import BASES, same, sample_twice, small_cnn, train, weights_of, window_of
 
 from torch_worm_optim import (
     BatchNormSelector,
@@ -329,7 +329,7 @@ def test_loading_replaces_all_that_came_from_the_masks_before(truncate, phase):
         model, opt = build("SGD", **options)
         with torch.no_grad():
             model[1].weight.copy_(torch.arange(8.0, 0.0, -1.0) if flip else torch.arange(1.0, 9.0))
-        opt.sample(), opt.sample()
+        sample_twice(opt)
         if converges:
             opt.prune(over=6 if phase is Phase.FADING else 0)
         train(model, opt, range(2))
@@ -486,6 +486,7 @@ INTERLEAVED = Representative("weight", view=(4, 2, 6), part=(slice(None), slice(
         (transposed, lambda _: [INTERLEAVED], (3, 6)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The ticket leaves little")
 def test_masks_go_into_safetensors(tmp_path, make, selector, shape):
     """Which takes contiguous tensors only, and none that share memory."""
     safetensors = pytest.importorskip("safetensors.torch")

@@ -208,20 +208,3 @@ def test_swapped_tensors_go_on_as_they_would_have(truncate):
 
     assert same(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
-
-
-def test_frozen_representatives_keep_their_bits_until_they_are_pruned():
-    """A scale without gradient is ranked and may be pruned; truncation passes over it."""
-    model = small_cnn()
-    model[1].weight.requires_grad_(False)
-    nn.init.uniform_(model[1].weight)
-    before = model[1].weight.detach().clone()
-    opt = WormOptimizer(BASES["SGD momentum"](model.parameters()), model, **SEARCH)
-    train(model, opt, range(8))
-    assert torch.equal(model[1].weight, before)
-    opt.prune(over=2)
-    train(model, opt, range(8, 9))
-    assert torch.equal(model[1].weight, torch.where(opt.final_mask["1.weight"], before, before / 2))
-    train(model, opt, range(9, 11))
-
-    assert torch.equal(model[1].weight, before * opt.final_mask["1.weight"])

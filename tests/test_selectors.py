@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from training import small_cnn
+from training import sample_twice, small_cnn
 
 from torch_worm_optim import (
     BatchNormSelector,
@@ -425,8 +425,7 @@ def test_the_gates_of_a_hidden_unit_go_together():
         prune_ratio=0.25,
     )
     lowest = int(model.weight_hh_l0.detach().abs().view(4, 4, 4).mean((0, 2)).argmin())
-    opt.sample()
-    opt.sample()
+    sample_twice(opt)
     opt.prune()
 
     kept = torch.arange(4) != lowest

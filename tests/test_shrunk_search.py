@@ -80,7 +80,8 @@ def test_training_a_shrunk_network_is_training_the_pruned_one(which, base, scatt
         expected = twin.get_parameter(name).detach()
         if name in report.kept:
             expected = cut_tensor(expected, report.kept[name], report.groups.get(name, 1))
-        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-7, atol=1e-9)
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0.0, atol=1e-12 * largest)
 
 
 @scatters
@@ -122,7 +123,7 @@ def test_a_shrunk_run_resumes_bit_for_bit(which, scatter):
     saved = torch.load(file, weights_only=True)
 
     fresh, fresh_opt = build(which)
-    with pytest.raises(ValueError, match="Load the model's state_dict with load_shrunk_"):
+    with pytest.raises(ValueError, match="load the model's state_dict with load_shrunk_"):
         fresh_opt.load_state_dict(saved["opt"])
     load_shrunk_(fresh, saved["model"])
     fresh_opt = WormOptimizer(BASES["SGD momentum"](fresh.parameters()), fresh)
@@ -136,7 +137,7 @@ def test_a_shrunk_run_resumes_bit_for_bit(which, scatter):
     assert same(list(opt.ticket.values()), list(fresh_opt.ticket.values()))
     assert str(fresh_opt.state_dict()) == str(opt.state_dict())
     dense = build(which)[1].state_dict()
-    with pytest.raises(ValueError, match="before it was shrunk"):
+    with pytest.raises(ValueError, match="or its network was shrunk"):
         opt.load_state_dict(dense)
 
 
@@ -252,12 +253,12 @@ def test_a_damaged_record_is_refused_whole():
     opt.shrink(batch_of("small", 0, 1))
     saved = opt.state_dict()
     record = saved["param_groups"][0]["worm"]
-    record["shrunk"] = record["shrunk"][:1000]
+    record["ticket"] = record["ticket"][:1000]
 
     fresh, _ = build("small")
     load_shrunk_(fresh, model.state_dict())
     fresh_opt = WormOptimizer(BASES["SGD momentum"](fresh.parameters()), fresh)
-    with pytest.raises(ValueError, match=r"shrunk network cannot be read .* load an earlier"):
+    with pytest.raises(ValueError, match=r"ticket cannot be read .* load an earlier"):
         fresh_opt.load_state_dict(saved)
 
     assert fresh_opt.phase is Phase.SEARCHING

@@ -65,6 +65,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
+@torch.no_grad()
+def sample_twice(optimizer: torch.optim.Optimizer) -> None:
+    """Draw two masks; all weights grow a little in between, so that the second one counts."""
+    optimizer.sample()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.mul_(1 + 2**-6)
+    optimizer.sample()
+
+
 def weights_of(model: nn.Module) -> list[Tensor]:
     """A copy of all parameters and buffers."""
     return [tensor.detach().clone() for tensor in model.state_dict().values()]

@@ -38,6 +38,13 @@ def check_count(name: str, value: Any, *, least: int) -> int:
     return int(value)
 
 
+def check_count_or_share(name: str, value: Any) -> int | float:
+    """A whole number of at least 0, or a share in (0, 1)."""
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) < 1:
+        return float(value)
+    return check_count(name, value, least=0)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of ``choices``."""
     if value not in choices:

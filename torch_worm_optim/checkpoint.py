@@ -23,7 +23,7 @@ from torch import Tensor
 from torch_worm_optim.layout import Layout
 from torch_worm_optim.search import MaskSample, Phase
 from torch_worm_optim.selectors import canonical_name
-from torch_worm_optim.shrunk import Shrunk
+from torch_worm_optim.ticket import HeldTicket
 from torch_worm_optim.window import Window
 
 RECORD_KEY = "worm"
@@ -40,7 +40,8 @@ class SearchState:
         fading_steps: Steps until it is, while removed entries fade; else 0.
         history: All samples, oldest first.
         window: The masks that the next one is compared with.
-        shrunk: The ticket of a network that is shrunk; else None.
+        fingerprint: What was ranked for the newest mask, as one number; None before the first.
+        ticket: The ticket of a network that is shrunk, or one that was given; else None.
     """
 
     step: int
@@ -48,7 +49,8 @@ class SearchState:
     fading_steps: int
     history: list[MaskSample]
     window: Window
-    shrunk: Shrunk | None = None
+    fingerprint: int | None = None
+    ticket: HeldTicket | None = None
 
     @property
     def phase(self) -> Phase:
@@ -92,26 +94,28 @@ def with_record(
                 for sample in search.history
             ]
         ),
-        "window": {} if search.shrunk else _saved_window(search.window, layout),
+        # A string, since checkpointers may keep numbers in fewer bits.
+        "fingerprint": "" if search.fingerprint is None else str(search.fingerprint),
+        "window": {} if search.ticket else _saved_window(search.window, layout),
         "identity": json.dumps(identity),
-        "shrunk": _packed(search.shrunk) if search.shrunk else "",
+        "ticket": _packed(search.ticket) if search.ticket else "",
     }
     return {**state_dict, "param_groups": groups}
 
 
-def _packed(shrunk: Shrunk) -> str:
-    """A shrunk network's ticket in one string, which loads into a search that has none yet.
+def _packed(ticket: HeldTicket) -> str:
+    """A held ticket in one string, which loads into a search that has none yet.
 
     Of what is gathered whole torch puts only strings and numbers in their places whose keys the
     live optimizer has, on every rank, and tensors only where it has tensors of that shape.
     """
     file = io.BytesIO()
-    parts = {key: value for key, value in vars(shrunk).items() if key != "identity"}
+    parts = {key: value for key, value in vars(ticket).items() if key != "identity"}
     torch.save(parts, file)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _unpacked(packed: str, identity: dict[str, Any], layout: Layout) -> Shrunk:
+def _unpacked(packed: str, identity: dict[str, Any], layout: Layout) -> HeldTicket:
     """What :func:`_packed` was given, with this model's names and on its devices."""
     file = io.BytesIO(base64.b64decode(packed))
     parts = torch.load(file, map_location="cpu", weights_only=True)
@@ -122,7 +126,7 @@ def _unpacked(packed: str, identity: dict[str, Any], layout: Layout) -> Shrunk:
             name, parameter = own.get(canonical_name(saved_name), (saved_name, mask))
             masks[name] = mask.to(parameter.device)
         parts[key] = masks
-    return Shrunk(**parts, identity=identity)
+    return HeldTicket(**parts, identity=identity)
 
 
 def _saved_window(window: Window, layout: Layout) -> dict[str, list[Tensor]]:
@@ -228,17 +232,17 @@ def read_record(record: Any, identity: dict[str, Any], layout: Layout, n_masks: 
     return search
 
 
-def record_is_shrunk(record: Any) -> bool:
-    """Whether a record is of a search whose network was shrunk."""
-    return isinstance(record, dict) and bool(record.get("shrunk"))
+def record_has_ticket(record: Any) -> bool:
+    """Whether a record is of a network that was shrunk, or of a ticket that was given."""
+    return isinstance(record, dict) and bool(record.get("ticket"))
 
 
-def read_shrunk_record(record: Any, layout: Layout, window: Window) -> SearchState:
-    """The search in a record of a shrunk network, checked against the network that there is.
+def read_record_with_ticket(record: Any, layout: Layout, window: Window) -> SearchState:
+    """The search in a record that holds a ticket, checked against the network that there is.
 
     Args:
         record: What :func:`without_record` found.
-        layout: Where the entries are, in a network of the shrunk one's shapes.
+        layout: Where the entries are, in a network of the shapes that there were.
         window: Any window; none is compared with any more.
 
     Returns:
@@ -249,31 +253,30 @@ def read_shrunk_record(record: Any, layout: Layout, window: Window) -> SearchSta
     """
     search, identity = _read_plain_parts(record)
     try:
-        shrunk = _unpacked(record["shrunk"], identity, layout)
-        shapes = {name: tuple(shrunk.mask(name).shape) for name in shrunk.ticket}
+        ticket = _unpacked(record["ticket"], identity, layout)
+        shapes = {name: tuple(ticket.mask(name).shape) for name in ticket.ticket}
     except Exception as error:  # whatever reading a damaged string may raise
         raise ValueError(
-            f"The checkpoint's record of the shrunk network cannot be read ({error!r}): load an "
-            "earlier checkpoint."
+            f"The checkpoint's ticket cannot be read ({error!r}): load an earlier checkpoint."
         ) from error
+    own = dict(layout.model.named_parameters(remove_duplicate=False))
     for name, shape in shapes.items():
-        try:
-            actual = tuple(layout.parameter(name).shape)
-        except AttributeError:
-            actual = ()
-        if actual != shape:
+        parameter = own.get(name)
+        if parameter is None or tuple(parameter.shape) != shape:
+            actual = "none" if parameter is None else f"{tuple(parameter.shape)}"
             raise ValueError(
-                f"The checkpoint is of a shrunk network, in which {name!r} has shape {shape}; it "
-                f"has {actual} in this one. Load the model's state_dict with load_shrunk_() first."
+                f"The checkpoint is of a network in which {name!r} has shape {shape}; it has "
+                f"{actual} in this one. If that network was shrunk, load the model's state_dict "
+                "with load_shrunk_() first."
             )
-    search.window, search.shrunk = window, shrunk
+    search.window, search.ticket = window, ticket
     return search
 
 
 def _read_plain_parts(record: Any) -> tuple[SearchState, dict[str, Any]]:
     """All of a record but its window, and what its masks depend on."""
     keys = ["version", "step", "pruned", "history", "identity"]
-    if not record_is_shrunk(record):  # whose window is empty, and checkpointers drop what is empty
+    if not record_has_ticket(record):  # whose window is empty, and checkpointers drop what is empty
         keys.append("window")
     missing = [key for key in keys if not isinstance(record, dict) or key not in record]
     if missing:
@@ -292,6 +295,7 @@ def _read_plain_parts(record: Any) -> tuple[SearchState, dict[str, Any]]:
         step = int(record["step"])
         # Records from before there was a fade lack it.
         fading_steps = int(record.get("fading_steps", 0))
+        fingerprint = int(record["fingerprint"]) if record.get("fingerprint") else None
         history = [
             MaskSample(int(step), tuple(distances), largest, mean, Phase(phase))
             for step, distances, largest, mean, phase in rows
@@ -304,12 +308,14 @@ def _read_plain_parts(record: Any) -> tuple[SearchState, dict[str, Any]]:
             f"The checkpoint's record of the search cannot be read ({error}): load an earlier "
             "checkpoint."
         ) from error
-    if (record["pruned"] or fading_steps) and not (history and history[-1].phase.converged):
+    found = record_has_ticket(record) or (history and history[-1].phase.converged)
+    if (record["pruned"] or fading_steps) and not found:
         raise ValueError(
             "The checkpoint says that its ticket is applied, and has none: load an earlier one."
         )
     window = Window([], 2)
-    return SearchState(step, bool(record["pruned"]), fading_steps, history, window), saved_identity
+    pruned = bool(record["pruned"])
+    return SearchState(step, pruned, fading_steps, history, window, fingerprint), saved_identity
 
 
 def _brief(value: object) -> str:

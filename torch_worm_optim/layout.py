@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_worm_optim.movement import fingerprint
 from torch_worm_optim.selectors import Representative
 from torch_worm_optim.selectors.selection import check_visible
 from torch_worm_optim.sharding import (
@@ -45,6 +46,12 @@ class Layout:
         self, model: nn.Module, representatives: Sequence[Representative], optimizer: Optimizer
     ) -> None:
         self.model, self.representatives, self.optimizer = model, representatives, optimizer
+        # What parameters are when the search begins, which surgery on the model changes.
+        self._shapes = {
+            part.name: attrgetter(part.name)(model).shape
+            for each in representatives
+            for part in each.reached
+        }
         self._shards: dict[int, Shard] = {}  # of representatives, by index
         self._shard_of_parameter: dict[str, Shard] = {}
 
@@ -56,9 +63,21 @@ class Layout:
         """The parameter of that name.
 
         Raises:
-            RuntimeError: If it has become a plain tensor, computed from another parameter.
+            RuntimeError: If there is none any more, if it has another shape than when the search
+                began, or if it has become a plain tensor, computed from another parameter.
         """
-        parameter: Tensor = attrgetter(name)(self.model)
+        try:
+            parameter: Tensor = attrgetter(name)(self.model)
+        except AttributeError:
+            parameter = None  # type: ignore[assignment]
+        if parameter is None or parameter.shape != self._shapes.get(name, parameter.shape):
+            found = "is gone" if parameter is None else f"has shape {tuple(parameter.shape)}"
+            was = f", and had {tuple(self._shapes[name])}" if name in self._shapes else ""
+            raise RuntimeError(
+                f"{name!r} {found}{was} when the search began: the model was changed under the "
+                "optimizer, as by fusing a BatchNorm or replacing a layer. Build WormOptimizer "
+                "after such surgery, or cut what is pruned out with `opt.shrink()`."
+            )
         shard = self._shard_of_parameter.get(name)
         if shard is not None and not shard.matches(parameter):
             # After a forward pass without a backward FSDP leaves the whole parameter there.
@@ -73,6 +92,37 @@ class Layout:
                 "parametrize.remove_parametrizations()."
             )
         return parameter
+
+    def state_like(self, parameter: Tensor) -> list[Tensor]:
+        """What the base optimizer, and those inside of it, keep in a parameter's shape."""
+        return [
+            value
+            for optimizer in _with_inner(self.optimizer)
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+        ]
+
+    def check_owned(self) -> None:
+        """Raise if the base optimizer does not train what is ranked.
+
+        Raises:
+            RuntimeError: If a parameter that requires a gradient is not the base optimizer's.
+        """
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for representative in self.representatives:
+            for part in representative.ranked:
+                parameter = self.parameter(part.name)
+                if parameter.requires_grad and id(parameter) not in owned:
+                    raise RuntimeError(
+                        f"The base optimizer does not train {part.name!r}, which is ranked, as it "
+                        "is in the model now. load_state_dict(assign=True), to_empty() and "
+                        "replaced layers make new parameters: build the optimizers after that, or "
+                        "put the new parameters into `param_groups`."
+                    )
+
+    def shapes_changed(self) -> None:
+        """Parameters have the shapes that they are to have from now on."""
+        self._shapes = {}
 
     def shards(self) -> list[Shard | None]:
         """For each representative how it is split over ranks; None if this rank has all of it.
@@ -155,20 +205,36 @@ class Layout:
                 label = f"{label} (representative {index})"
             parameter = self.parameter(representative.name)
             check_visible(representative.name, parameter)
-            if shard is not None:
-                scores[label] = shard.ranked(local_tensor(parameter))
-                continue
-            parts = [
-                (part.entries(local_tensor(self.parameter(part.name))), part.units)
-                for part in representative.ranked
-            ]
-            scores[label] = unit_magnitudes(parts) if representative.units else parts[0][0]
+            parts = self._ranked(representative, shard)
+            if representative.units:
+                units = [part.units for part in representative.ranked]
+                scores[label] = unit_magnitudes(list(zip(parts, units, strict=True)))
+            else:
+                scores[label] = parts[0]
         return scores
+
+    def fingerprint(self) -> int:
+        """A number that changes when anything that is ranked does, see `movement`."""
+        tensors: list[Tensor] = []
+        shards: list[Shard | None] = []
+        for representative, shard in zip(self.representatives, self.shards(), strict=True):
+            parts = self._ranked(representative, shard)
+            tensors += parts
+            shards += [shard] * len(parts)
+        return fingerprint(tensors, shards)
+
+    def _ranked(self, representative: Representative, shard: Shard | None) -> list[Tensor]:
+        """The entries of a representative that this rank has, and those of its partners."""
+        if shard is not None:
+            return [shard.ranked(local_tensor(self.parameter(representative.name)))]
+        return [
+            part.entries(local_tensor(self.parameter(part.name))) for part in representative.ranked
+        ]
 
     def targets(self) -> list[Target]:
         """Every part of a parameter that a mask applies to, followers included."""
         return [
-            Target(index, part, self.parameter(part.name), shard)
+            Target(index, part, self.parameter(part.name), shard, self)
             for index, (representative, shard) in enumerate(
                 zip(self.representatives, self.shards(), strict=True)
             )
@@ -257,16 +323,24 @@ class Target(NamedTuple):
         part: Where its entries are in the parameter.
         parameter: The parameter.
         shard: How the representative is split over ranks; None if this rank has all of it.
+        layout: Where it was found.
     """
 
     owner: int
     part: Representative
     parameter: Tensor
     shard: Shard | None
+    layout: Layout
 
     def entries(self, masks: Callable[[], Sequence[Tensor]]) -> Entries:
         """The entries with their gradient and their mask, given what returns the newest masks."""
-        return Entries(self._view(self.parameter), self._gradient, lambda: self._mask(masks()))
+        return Entries(
+            self._view(self.parameter), self._gradient, lambda: self._mask(masks()), self._state
+        )
+
+    def _state(self) -> list[Tensor]:
+        """The same views of the base optimizer's state."""
+        return [self._view(each) for each in self.layout.state_like(self.parameter)]
 
     def _view(self, tensor: Tensor) -> Tensor:
         """The part of the parameter, or of its gradient, that this rank's mask covers."""
@@ -294,6 +368,12 @@ class Target(NamedTuple):
         full = torch.ones_like(view, dtype=torch.bool)
         self.shard.write(mask, full)
         return full
+
+
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and those that it wraps."""
+    inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
+    return [optimizer, *(deeper for each in inner for deeper in _with_inner(each))]
 
 
 def _write(part: Representative, shard: Shard | None, values: Tensor, full: Tensor) -> None:

@@ -77,7 +77,7 @@ def compute_mask(
     prune_ratio: float,
     *,
     scope: str = "global",
-    min_keep: int = 1,
+    min_keep: int | float = 1,
     shards: Sequence[Sharding | None] | None = None,
 ) -> Mask:
     r"""Mask that removes exactly the ``round(prune_ratio * n)`` entries of lowest magnitude.
@@ -95,8 +95,9 @@ def compute_mask(
         prune_ratio: Share of entries to remove, in [0, 1).
         scope: ``"global"`` ranks all entries together, as EB Train does [1]; ``"layer"`` ranks each
             representative alone and removes ``round(prune_ratio * size)`` of each.
-        min_keep: Entries of each representative that always survive, 0 or more. Where that leaves
-            fewer than are to be removed, all that are left are removed.
+        min_keep: How many entries of each representative always survive, 0 or more; or, in (0, 1),
+            which share, ``round(min_keep * size)`` and at least one. Where that leaves fewer than
+            are to be removed, all that are left are removed.
         shards: For each tensor how it is split over ranks, or None if this rank has all of it
             (default: None for all). With shards this is a collective call.
 
@@ -133,7 +134,10 @@ def compute_mask(
     n = sum(layer.numel for layer in layers)
     if n == 0:
         raise ValueError("There are no entries to rank: every representative is empty.")
-    quotas = [min(min_keep, layer.numel) for layer in layers]
+    quotas = [
+        min(min_keep if isinstance(min_keep, int) else max(1, round(min_keep * n)), n)
+        for n in (layer.numel for layer in layers)
+    ]
     if scope == "layer":
         counts = [
             min(round(prune_ratio * layer.numel), layer.numel - quota)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,24 +12,36 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from torch_worm_optim.arguments import check_choice, check_count, check_share
+from torch_worm_optim.arguments import (
+    check_choice,
+    check_count,
+    check_count_or_share,
+    check_share,
+)
 from torch_worm_optim.checkpoint import (
     RECORD_KEY,
     SearchState,
     read_record,
-    read_shrunk_record,
-    record_is_shrunk,
+    read_record_with_ticket,
+    record_has_ticket,
     with_record,
     without_record,
 )
 from torch_worm_optim.layout import Layout
 from torch_worm_optim.masks import compute_mask, sum_over_ranks
 from torch_worm_optim.notices import warn_user
+from torch_worm_optim.pruning import checked_ticket
 from torch_worm_optim.search import MaskSample, Phase, StoppingRule, decide
-from torch_worm_optim.selectors import Selector, canonical_name, default_selector, select
+from torch_worm_optim.selectors import (
+    Representative,
+    Selector,
+    canonical_name,
+    default_selector,
+    select,
+)
 from torch_worm_optim.sharding import reshard_
 from torch_worm_optim.shrinking import ShrinkReport, shrink_
-from torch_worm_optim.shrunk import Shrunk
+from torch_worm_optim.ticket import HeldTicket
 from torch_worm_optim.truncation import (
     Entries,
     Faded,
@@ -52,6 +64,10 @@ _untraced = _disable_dynamo
 
 # When more than this share of the entries tie for a mask, their order decides more than training.
 _MANY_TIES = 0.05
+# A representative that keeps a smaller share than this is a bottleneck that training rarely leaves.
+_NARROW = 0.1
+# After so many steps nothing that writes weights after this optimizer can have gone unnoticed.
+_STEPS_CHECKED = 20
 
 
 class WormOptimizer(OptimizerWrapper):
@@ -97,17 +113,25 @@ class WormOptimizer(OptimizerWrapper):
             paper draws once an epoch.
         scope (str, optional): ``"global"`` ranks all entries together, ``"layer"`` each
             representative alone (default: ``"global"``).
-        min_keep (int, optional): Entries of each representative that always survive (default: 1).
+        min_keep (int or float, optional): How many entries of each representative always survive,
+            or, in (0, 1), which share of them; at least one then (default: 1).
         truncate (str, optional): ``"gradient"`` scales what the base optimizer sees, as the paper
             does; ``"update"`` scales what it does, which means the same under every optimizer
             (default: ``"gradient"``).
         trigger (str, optional): ``"distance"`` truncates from the trigger point on; ``"always"``
             from the first mask on (default: ``"distance"``).
+        ticket (dict, optional): A ticket that was found before, such as :attr:`ticket` of another
+            run: bool masks by parameter name, **True = kept**. It is applied now and held, the
+            phase is ``PRUNED`` from the start, and what ranks and samples plays no part
+            (default: None).
+
+    Representatives that do not require a gradient are left out.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If a number is out of its range, nothing is selected, a parameter is selected
-            twice, or the base optimizer does not own a selected parameter.
+            twice, the base optimizer does not own a selected parameter that requires a gradient,
+            its ``state_dict()`` is not of torch's form, or the ticket is for another model.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -145,9 +169,10 @@ class WormOptimizer(OptimizerWrapper):
         truncation: float = 3e-3,
         sample_every: int | Callable[[int], bool] | None = 200,
         scope: str = "global",
-        min_keep: int = 1,
+        min_keep: int | float = 1,
         truncate: str = "gradient",
         trigger: str = "distance",
+        ticket: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not isinstance(base_optim, Optimizer):
             raise TypeError(
@@ -161,6 +186,7 @@ class WormOptimizer(OptimizerWrapper):
             )
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        _check_state_dict(base_optim)
         self._prune_ratio = check_share("prune_ratio", prune_ratio, below_one=True)
         self._truncation = check_share("truncation", truncation)
         self._rule = StoppingRule(
@@ -170,17 +196,23 @@ class WormOptimizer(OptimizerWrapper):
             trigger=check_choice("trigger", trigger, ("distance", "always")),
         )
         self._scope = check_choice("scope", scope, ("global", "layer"))
-        self._min_keep = check_count("min_keep", min_keep, least=0)
+        self._min_keep = check_count_or_share("min_keep", min_keep)
         check_choice("truncate", truncate, ("gradient", "update"))
         if sample_every is not None and not callable(sample_every):
             sample_every = check_count("sample_every", sample_every, least=1)
         self._sample_every = sample_every
         reshard_(model)
-        representatives = select(
-            default_selector if selector is None else selector,
-            model,
-            owned=[parameter for group in base_optim.param_groups for parameter in group["params"]],
-        )
+        held = None if ticket is None else HeldTicket.given(checked_ticket(model, ticket))
+        representatives: list[Representative] = []
+        self._n_frozen = 0
+        if held is None:
+            owned = [
+                parameter for group in base_optim.param_groups for parameter in group["params"]
+            ]
+            selector = default_selector if selector is None else selector
+            representatives, self._n_frozen = select(selector, model, owned)
+        if self._n_frozen:
+            logger.info("%d representatives are frozen and left out", self._n_frozen)
 
         super().__init__(base_optim)
         self._layout = Layout(model, representatives, base_optim)
@@ -193,6 +225,7 @@ class WormOptimizer(OptimizerWrapper):
             fading_steps=0,
             history=[],
             window=Window(self._layout.local_numels(), window),
+            ticket=held,
         )
         self._faded, self._held_at_zero = Faded(), HeldAtZero()
         self._strategies: dict[Phase, Strategy] = {
@@ -204,6 +237,8 @@ class WormOptimizer(OptimizerWrapper):
             self._strategies[Phase.TRUNCATING] = truncated(self._truncation)
         self._warned: set[str] = set()
         self._reserve_record()
+        if held is not None:
+            self._hold_at_zero_(self._entries())
         if self._truncation < 1 and truncate == "gradient" and is_normalising(base_optim):
             warn_user(
                 f"{type(base_optim).__name__} normalises gradients, so a gradient scaled by "
@@ -250,6 +285,8 @@ class WormOptimizer(OptimizerWrapper):
             loss = base_step(closure)
         else:
             entries = self._entries()
+            if phase is Phase.PRUNED:
+                self._warn_if_alive(entries)
             loss = strategy.step(base_step, closure, entries)
         self._search.step += 1
         if phase is Phase.FADING:
@@ -262,8 +299,8 @@ class WormOptimizer(OptimizerWrapper):
 
     def _entries(self) -> list[Entries]:
         """The entries that the newest mask applies to. It is unpacked once, and only if needed."""
-        if self._search.shrunk is not None:
-            return self._search.shrunk.entries(self._layout)
+        if self._search.ticket is not None:
+            return self._search.ticket.entries(self._layout)
         masks = functools.cache(self._search.window.newest)
         return [target.entries(masks) for target in self._layout.targets()]
 
@@ -286,6 +323,19 @@ class WormOptimizer(OptimizerWrapper):
                 "sharded engines such as DeepSpeed ZeRO do, and truncation cannot reach them.",
             )
 
+    def _warn_if_alive(self, entries: list[Entries]) -> None:
+        """Warn, once, if something has written to weights that are held at zero."""
+        held = self._held_at_zero
+        if 0 < held.n_held <= _STEPS_CHECKED and held.finds_any(entries):
+            self._warn_once(
+                "alive",
+                "Weights that the ticket removes, zero after the last step, are not zero any more: "
+                "something writes weights after this optimizer, such as an optimizer around it or "
+                "an average that is swapped in, and what is saved then is not pruned. Put "
+                "WormOptimizer outermost, or call pruning.apply_ticket_(model, opt.ticket) before "
+                "saving.",
+            )
+
     # ---- a sample
 
     @_untraced
@@ -294,7 +344,8 @@ class WormOptimizer(OptimizerWrapper):
 
         For a cadence of your own, with ``sample_every=None``: once an epoch, or after each
         validation. Once the ticket is found nothing is drawn any more and the sample that found it
-        is returned.
+        is returned. So is the newest one if nothing that is ranked has moved since: a mask of
+        weights that are not trained is no evidence, and one warning says so.
 
         Returns:
             The new :class:`MaskSample`.
@@ -302,11 +353,30 @@ class WormOptimizer(OptimizerWrapper):
         Raises:
             ValueError: If a representative parameter is NaN or infinite; the message names it and
                 the search is left as it was.
+            RuntimeError: If the base optimizer does not train what is ranked, if that has another
+                shape than before, or if a ticket was given and there is nothing to search.
         """
         phase = self.phase
+        if phase.converged and not self._search.history:
+            raise RuntimeError(
+                "There is nothing to sample: this optimizer holds the `ticket` that it was given. "
+                "Build it without one to search."
+            )
         if phase.converged:
             return self._search.history[-1]
         shards = self._layout.shards()
+        self._layout.check_owned()
+        fingerprint = self._layout.fingerprint()
+        if fingerprint == self._search.fingerprint:
+            self._warn_once(
+                "nothing moved",
+                "Nothing that is ranked has moved since the last mask, "
+                f"{self._layout.representatives[0].name!r} for one, so no mask is drawn: equal "
+                "masks of weights that are not trained would pass for a ticket. Look for a "
+                "learning rate of 0 or gradients that never come, and start the search once these "
+                "parameters are trained, or select others that are.",
+            )
+            return self._search.history[-1]
         mask = compute_mask(
             self._layout.scores(),
             self._prune_ratio,
@@ -317,6 +387,7 @@ class WormOptimizer(OptimizerWrapper):
         self._fit_window()
         window, history = self._search.window, self._search.history
         window.push(mask.kept)
+        self._search.fingerprint = fingerprint
         n_entries = sum(self._layout.numels())
         distances: tuple[float, ...] = ()
         if len(history) + 1 >= self._rule.window:
@@ -328,6 +399,8 @@ class WormOptimizer(OptimizerWrapper):
         self._log_change(
             phase, f" (max distance {sample.max_distance}, mean distance {sample.mean_distance})"
         )
+        if sample.phase.converged:
+            self._warn_of_narrow_layers(mask.kept)
         if mask.n_tied > _MANY_TIES * n_entries:
             self._warn_once(
                 "ties",
@@ -340,7 +413,7 @@ class WormOptimizer(OptimizerWrapper):
 
     def _fit_window(self) -> None:
         """Resize the empty window if sharding has changed what this rank has."""
-        if self._search.shrunk is not None:
+        if self._search.ticket is not None:
             return
         numels = self._layout.local_numels()
         if self._search.window.numels == numels:
@@ -388,10 +461,10 @@ class WormOptimizer(OptimizerWrapper):
 
         Example:
             >>> model = nn.BatchNorm1d(2)
-            >>> _ = model.weight.data.copy_(torch.tensor([1.0, 2.0]))
+            >>> _ = model.weight.data.copy_(torch.tensor([2.0, 4.0]))
             >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> opt = WormOptimizer(sgd, model, sample_every=None, window=2)
-            >>> _ = opt.sample(), opt.sample()
+            >>> _ = opt.sample(), model.weight.data.mul_(0.5), opt.sample()
             >>> opt.prune(over=4)
             >>> for _ in range(4):
             ...     opt.step()
@@ -470,7 +543,7 @@ class WormOptimizer(OptimizerWrapper):
             >>> _ = bn.weight.data.copy_(torch.tensor([1.0, 4.0, 2.0, 3.0]))
             >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> opt = WormOptimizer(sgd, model, sample_every=None, window=2)
-            >>> _ = opt.sample(), opt.sample()
+            >>> _ = opt.sample(), bn.weight.data.mul_(0.5), opt.sample()
             >>> opt.prune()
             >>> print(opt.shrink(torch.ones(1, 2)))
             parameters 25 -> 13 (48 % gone)
@@ -505,9 +578,9 @@ class WormOptimizer(OptimizerWrapper):
             scatter=scatter,
             multiple_of=multiple_of,
         )
-        self._search.shrunk = Shrunk.after(
-            report, final_mask, ticket, identity, self._search.shrunk
-        )
+        held = self._search.ticket or HeldTicket(final_mask, ticket, identity=identity)
+        self._search.ticket = held.shrunk(report)
+        self._layout.shapes_changed()
         self._clear_strategies()
         logger.info(
             "step %d: shrunk from %d parameters to %d", self._search.step, *report.parameters
@@ -553,10 +626,10 @@ class WormOptimizer(OptimizerWrapper):
     @property
     def candidate_mask(self) -> dict[str, Tensor] | None:
         """The newest mask in the form of :attr:`final_mask`; None before the first sample."""
+        if self._search.ticket is not None:
+            return {name: mask.clone() for name, mask in self._search.ticket.final_mask.items()}
         if not self._search.history:
             return None
-        if self._search.shrunk is not None:
-            return {name: mask.clone() for name, mask in self._search.shrunk.final_mask.items()}
         self._fit_window()
         return self._layout.parameter_masks(self._search.window.newest())
 
@@ -569,8 +642,8 @@ class WormOptimizer(OptimizerWrapper):
         """
         if not self.converged:
             return None
-        if self._search.shrunk is not None:
-            return {name: mask.clone() for name, mask in self._search.shrunk.ticket.items()}
+        if self._search.ticket is not None:
+            return {name: mask.clone() for name, mask in self._search.ticket.ticket.items()}
         self._fit_window()
         return self._layout.parameter_masks(self._search.window.newest(), followers=True)
 
@@ -582,7 +655,9 @@ class WormOptimizer(OptimizerWrapper):
             f"step: {self._search.step}",
             f"masks drawn: {len(self._search.history)} (window: {self._rule.window})",
             f"ranked entries: {sum(self._search.window.numels)} of "
-            f"{len(self._layout.representatives)} representatives",
+            f"{len(self._layout.representatives)} representatives"
+            + f" ({self._n_frozen} more are frozen)"
+            * bool(self._n_frozen),
         ]
         last = self._search.history[-1] if self._search.history else None
         if last is not None and last.max_distance is not None:
@@ -609,24 +684,27 @@ class WormOptimizer(OptimizerWrapper):
         n_masks = self._rule.window
         if record is None:  # the plain base optimizer's
             search = SearchState(0, False, 0, [], Window(self._layout.local_numels(), n_masks))
-        elif record_is_shrunk(record):
-            search = read_shrunk_record(record, self._layout, self._search.window)
-        elif self._search.shrunk is not None:
+        elif record_has_ticket(record):
+            search = read_record_with_ticket(record, self._layout, self._search.window)
+        elif self._search.ticket is not None:
             raise ValueError(
-                "The checkpoint is of the network before it was shrunk. Build the network and "
-                "WormOptimizer anew, and load it there."
+                "The checkpoint is of a search, and this optimizer holds a ticket that it was "
+                "given, or its network was shrunk. Build the network and WormOptimizer anew, "
+                "without `ticket`, and load it there."
             )
         else:
             search = read_record(record, self._masks_identity(), self._layout, n_masks)
         self.base_optim.load_state_dict(plain)
         vars(self._search).update(vars(search))
+        if search.ticket is not None:
+            self._layout.shapes_changed()
         self._clear_strategies()
         self._reserve_record()
 
     def _masks_identity(self) -> dict[str, Any]:
         """What the masks depend on; two searches that differ in it cannot share a window."""
-        if self._search.shrunk is not None:
-            return self._search.shrunk.identity
+        if self._search.ticket is not None:
+            return self._search.ticket.identity
         representatives = self._layout.representatives
         return {
             "parameters": [
@@ -657,8 +735,45 @@ class WormOptimizer(OptimizerWrapper):
         super().add_param_group(param_group)
         self._reserve_record()
 
+    def _warn_of_narrow_layers(self, kept: Tensor) -> None:
+        """Warn of representatives of which the ticket leaves next to nothing."""
+        # One row for each, so that ranks add them up one by one.
+        parts = torch.split(kept, self._search.window.numels)
+        counts = torch.tensor([int(each.sum()) for each in parts], device="cpu")
+        totals = sum_over_ranks(counts.diag(), self._layout.shards()).tolist()
+        least = min(_NARROW, (1 - self._prune_ratio) / 2)
+        narrow = [
+            f"{each.name!r} ({n_kept} of {n})"
+            for each, n_kept, n in zip(
+                self._layout.representatives, totals, self._layout.numels(), strict=True
+            )
+            if n_kept < least * n
+        ]
+        if narrow:
+            self._warn_once(
+                "narrow",
+                f"The ticket leaves little of {', '.join(narrow[:3])}"
+                + f" and {len(narrow) - 3} more" * (len(narrow) > 3)
+                + ", a bottleneck that a network may not recover from. "
+                '`scope="layer"` prunes all alike, and `min_keep=0.1` keeps a tenth of each.',
+            )
+
     def _warn_once(self, topic: str, message: str) -> None:
         """Warn of a topic the first time that it comes up."""
         if topic not in self._warned:
             self._warned.add(topic)
             warn_user(message)
+
+
+def _check_state_dict(base_optim: Optimizer) -> None:
+    """Refuse an optimizer whose checkpoints have no place for the search."""
+    if hasattr(base_optim, "consolidate_state_dict"):
+        return  # It has one only after that call, which is a collective one.
+    missing = {"state", "param_groups"} - set(base_optim.state_dict())
+    if missing:
+        raise ValueError(
+            f"The state_dict() of {type(base_optim).__name__} has no {sorted(missing)[0]!r}, as "
+            "those of torch's optimizers do, so the search could not be saved with it. Wrap the "
+            "optimizer that it is made of: WormOptimizer around that, and this one around "
+            "WormOptimizer if need be."
+        )

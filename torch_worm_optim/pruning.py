@@ -16,8 +16,8 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
     """Apply a ticket to a model that need not be the one it was found in, in place.
 
     This is what a lottery-ticket experiment needs that rewinds to another set of weights. It acts
-    once: later optimizer steps may bring the entries back, where
-    :meth:`WormOptimizer.prune() <torch_worm_optim.WormOptimizer.prune>` holds them.
+    once: later optimizer steps may bring the entries back, where ``WormOptimizer(..., ticket=)``
+    and :meth:`WormOptimizer.prune() <torch_worm_optim.WormOptimizer.prune>` hold them.
 
     Args:
         model: The model to prune.
@@ -36,13 +36,38 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
         >>> model.weight.data
         tensor([1., 0., 1.])
     """
-    reshard_(model)
-    parameters = {
-        canonical_name(name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    ticket = {canonical_name(name): mask for name, mask in ticket.items()}
+    ticket = checked_ticket(model, ticket)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in ticket.items():
+        removed = ~local_part_of(mask, like=parameters[name])
+        local = local_tensor(parameters[name])
+        local.masked_fill_(removed.to(local.device), 0)
+
+
+def checked_ticket(model: nn.Module, ticket: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ticket with the names that parameters have in this model, if it is for this model.
+
+    Args:
+        model: Any model.
+        ticket: Bool masks by parameter name, **True = kept**.
+
+    Returns:
+        The same masks.
+
+    Raises:
+        ValueError: If it names a parameter that the model does not have, or one of another shape.
+        TypeError: If a mask is not a bool tensor.
+
+    Example:
+        >>> checked_ticket(nn.BatchNorm1d(2), {"module.weight": torch.tensor([True, False])})
+        {'weight': tensor([ True, False])}
+    """
+    reshard_(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own_names = {canonical_name(name): name for name in parameters}
+    checked = {}
+    for saved_name, mask in ticket.items():
+        name = own_names.get(canonical_name(saved_name), saved_name)
         if name not in parameters:
             raise ValueError(
                 f"The ticket is for another model: it has a mask for {name!r}, and "
@@ -60,7 +85,5 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
                 f"{tuple(mask.shape)}, the parameter has {tuple(parameters[name].shape)}. Build "
                 "the model that it was found in."
             )
-    for name, mask in ticket.items():
-        removed = ~local_part_of(mask, like=parameters[name])
-        local = local_tensor(parameters[name])
-        local.masked_fill_(removed.to(local.device), 0)
+        checked[name] = mask
+    return checked

@@ -39,11 +39,13 @@ class Entries(NamedTuple):
         gradient: Returns the same view of the parameter's gradient, or None where there is none.
             Gradients may appear only during a step, in a closure.
         mask: Returns the newest mask of these entries, **True = kept**, in their shape.
+        state: Returns the same view of all that the base optimizer keeps in the parameter's shape.
     """
 
     weights: Tensor
     gradient: Callable[[], Tensor | None]
     mask: Callable[[], Tensor]
+    state: Callable[[], Sequence[Tensor]] = tuple
 
 
 class Strategy(Protocol):
@@ -203,6 +205,9 @@ class Faded:
 class HeldAtZero:
     """Set removed entries back to zero after each step, whatever momentum and decay did to them.
 
+    The base optimizer sees gradients of zero for them. With its state set to zero as well, once, a
+    second copy of the weights that it may keep holds the ticket too.
+
     Example:
         >>> weight = torch.tensor([1.0, 1.0])
         >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
@@ -211,25 +216,46 @@ class HeldAtZero:
     """
 
     def __init__(self) -> None:
+        self.n_held = 0  # how often entries were set to zero since the mask was new
         self._removed: list[Tensor] = []
+        self._gradients = ScaledGradients(0.0)
 
     def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Step, and set removed entries to zero."""
-        loss = base_step(closure)
-        self.apply_(entries)
+        """Step without removed entries' gradients, and set the entries to zero."""
+        loss = self._gradients.step(base_step, closure, entries)
+        with torch.no_grad():
+            for each, removed in zip(entries, self._masks(entries), strict=True):
+                each.weights.masked_fill_(removed, 0)
+        self.n_held += 1
         return loss
 
     @torch.no_grad()
     def apply_(self, entries: Sequence[Entries]) -> None:
-        """Set removed entries to zero, in place."""
+        """Set removed entries to zero, in the weights and in the base optimizer's state."""
+        self.n_held = 1
+        for each, removed in zip(entries, self._masks(entries), strict=True):
+            for tensor in (each.weights, *each.state()):
+                tensor.masked_fill_(removed, 0)
+
+    @torch.no_grad()
+    def finds_any(self, entries: Sequence[Entries]) -> bool:
+        """Whether a removed entry is not zero, which reads from the device."""
+        alive = [
+            (each.weights.ne(0) & removed).any().cpu()
+            for each, removed in zip(entries, self._masks(entries), strict=True)
+        ]
+        return bool(torch.stack(alive).any()) if alive else False
+
+    def _masks(self, entries: Sequence[Entries]) -> list[Tensor]:
+        """For each which of its entries are removed."""
         if not _fit(self._removed, entries):
             self._removed = [(~each.mask()).to(each.weights.device) for each in entries]
-        for each, removed in zip(entries, self._removed, strict=True):
-            each.weights.masked_fill_(removed, 0)
+        return self._removed
 
     def clear(self) -> None:
-        """Forget the masks."""
-        self._removed = []
+        """Forget the masks, the multipliers, and that anything was held."""
+        self.n_held, self._removed = 0, []
+        self._gradients.clear()
 
 
 @torch.no_grad()

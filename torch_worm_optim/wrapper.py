@@ -76,7 +76,15 @@ class OptimizerWrapper(Optimizer):
         # fused base's `_step_supports_amp_scaling`, and the fused base would never see it.
         if name.startswith("_") or "base_optim" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optim, name)
+        attribute = getattr(self.base_optim, name)
+        if name in ("first_step", "second_step"):
+            raise RuntimeError(
+                f"{name}() of {type(self.base_optim).__name__} would go past "
+                f"{type(self).__name__}.step(), which then never sees a step. Call "
+                "step(closure), with a closure that clears gradients, evaluates the model and "
+                "calls backward(). If its step() takes no closure, wrap the one inside of it."
+            )
+        return attribute
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what points back at this very object.

@@ -82,9 +82,8 @@ class Reporter:
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> opt = WormOptimizer(sgd, model, sample_every=None, window=2)
         >>> reporter = Reporter(opt, "prune")
-        >>> with torch.no_grad():
-        ...     _ = model.weight.copy_(torch.tensor([1.0, 2.0]))
-        >>> _ = opt.sample(), opt.sample()
+        >>> _ = model.weight.data.copy_(torch.tensor([1.0, 2.0]))
+        >>> _ = opt.sample(), model.weight.data.mul_(2), opt.sample()
         >>> for report in reporter.news():
         ...     print(report)
         {'worm/phase': 0}
@@ -154,7 +153,8 @@ class Reporter:
     @property
     def shrinks(self) -> bool:
         """Whether the network is to be shrunk, now or later; once it is, a resumed one too, no."""
-        return self.at_ticket == "shrink" and self.optimizer._search.shrunk is None
+        held = self.optimizer._search.ticket
+        return self.at_ticket == "shrink" and not (held is not None and held.is_shrunk)
 
     @property
     def stops(self) -> bool:

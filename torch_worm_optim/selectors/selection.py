@@ -71,8 +71,10 @@ def _what_there_is(model: nn.Module) -> str:
     return "".join(f"\n- {line}" for line in lines)
 
 
-def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> list[Representative]:
-    """What a selector names, checked: it exists, can be ranked, is owned, and is named once.
+def select(
+    selector: Selector, model: nn.Module, owned: Iterable[Tensor]
+) -> tuple[list[Representative], int]:
+    """What a selector names and is trained, checked: it exists, is owned, and is named once.
 
     Args:
         selector: Any selector.
@@ -80,13 +82,14 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
         owned: The parameters that the base optimizer trains.
 
     Returns:
-        The representatives, in the selector's order.
+        The representatives that require a gradient, in the selector's order, and how many others
+        there are.
 
     Raises:
         TypeError: If the selector is not callable or returns something else than representatives,
             or a parameter is not of a floating or complex dtype.
-        ValueError: If nothing is selected, a name is unknown, a parameter is selected twice or not
-            owned, or a follower differs in shape.
+        ValueError: If nothing is selected or nothing of it requires a gradient, a name is unknown,
+            a parameter is selected twice or not owned, or a follower differs in shape.
         RuntimeError: If a parameter is not materialised yet, or is sharded by FSDP1 or ZeRO-3.
     """
     if not callable(selector):
@@ -119,7 +122,18 @@ def select(selector: Selector, model: nn.Module, owned: Iterable[Tensor]) -> lis
             others.append(part)
             if len(others) > 1:
                 _check_apart(others, shapes[part.name])
-    return representatives
+    trained = [
+        each
+        for each in representatives
+        if any(parameters[part.name].requires_grad for part in each.ranked)
+    ]
+    if not trained:
+        raise ValueError(
+            f"Nothing that is selected in {type(model).__name__} requires a gradient, "
+            f"{representatives[0].name!r} for one, so there is nothing to search. "
+            "Build WormOptimizer once they are unfrozen, or pass a `selector=` for what is trained."
+        )
+    return trained, len(representatives) - len(trained)
 
 
 def _check_parameter(
@@ -132,7 +146,7 @@ def _check_parameter(
             f"{type(model).__name__} has no parameter {name!r}, which was selected.{hint}"
         )
     _check_rankable(name, parameters[name])
-    if id(parameters[name]) not in owned_ids:
+    if parameters[name].requires_grad and id(parameters[name]) not in owned_ids:
         raise ValueError(
             f"The base optimizer does not own {name!r}, which was selected. Give it to "
             "the optimizer, or pass a `selector=` that leaves it out."

@@ -1,22 +1,25 @@
-"""What a search remembers once its network is shrunk: the ticket, and where its entries are now."""
+"""A ticket that is held although nothing can be ranked any more, and where its entries are now."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from torch_worm_optim.layout import Layout
 from torch_worm_optim.selectors import canonical_name
-from torch_worm_optim.sharding import local_part_of, local_tensor
+from torch_worm_optim.sharding import is_dtensor, local_part_of, local_tensor
 from torch_worm_optim.shrinking import Kept, ShrinkReport, composed, cut_tensor
 from torch_worm_optim.truncation import Entries
 
 
 @dataclass
-class Shrunk:
+class HeldTicket:
     """A ticket in the shapes of the dense network, and what is left of its parameters.
+
+    It is the ticket of a network that was shrunk, or one that was given to begin with.
 
     Attributes:
         final_mask: The masks of what was ranked, by parameter name, **True = kept**; whole ones,
@@ -25,30 +28,33 @@ class Shrunk:
         kept: For each parameter that was cut the indices that stayed, as in
             :class:`~torch_worm_optim.ShrinkReport`.
         groups: For each grouped convolution's weight how many groups it has.
+        is_shrunk: Whether the network was shrunk.
         identity: What the masks of the dense network depended on.
     """
 
     final_mask: dict[str, Tensor]
     ticket: dict[str, Tensor]
-    kept: dict[str, Kept]
-    groups: dict[str, int]
-    identity: dict[str, Any]
+    kept: dict[str, Kept] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
+    is_shrunk: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def after(
-        cls,
-        report: ShrinkReport,
-        final_mask: dict[str, Tensor],
-        ticket: dict[str, Tensor],
-        identity: dict[str, Any],
-        before: Shrunk | None,
-    ) -> Shrunk:
-        """What to remember after shrinking, perhaps not for the first time."""
-        kept = {} if before is None else dict(before.kept)
+    def given(cls, ticket: Mapping[str, Tensor]) -> HeldTicket:
+        """One that was found elsewhere, checked."""
+        whole = {
+            name: (mask.full_tensor() if is_dtensor(mask) else mask).clone()  # type: ignore[attr-defined]
+            for name, mask in ticket.items()
+        }
+        return cls(whole, whole)
+
+    def shrunk(self, report: ShrinkReport) -> HeldTicket:
+        """The same after shrinking, perhaps not for the first time."""
+        kept = dict(self.kept)
         for name, indices in report.kept.items():
             kept[canonical_name(name)] = composed(kept.get(canonical_name(name)), indices)
         groups = {canonical_name(name): n for name, n in report.groups.items()}
-        return cls(final_mask, ticket, kept, groups, identity)
+        return HeldTicket(self.final_mask, self.ticket, kept, groups, True, self.identity)
 
     def mask(self, name: str) -> Tensor:
         """The ticket's mask of a parameter in the shape that it has now."""
@@ -60,12 +66,14 @@ class Shrunk:
 
     def entries(self, layout: Layout) -> list[Entries]:
         """The entries to hold at zero, in parameters of the size that they have now."""
-        return [self._entries_of(name, layout.parameter(name)) for name in self.ticket]
+        return [self._entries_of(name, layout) for name in self.ticket]
 
-    def _entries_of(self, name: str, parameter: Tensor) -> Entries:
+    def _entries_of(self, name: str, layout: Layout) -> Entries:
         """The entries of one parameter that this rank has."""
+        parameter = layout.parameter(name)
         return Entries(
             local_tensor(parameter),
             lambda: None if parameter.grad is None else local_tensor(parameter.grad),
             lambda: local_part_of(self.mask(name).to(parameter.device), like=parameter),
+            lambda: [local_tensor(each) for each in layout.state_like(parameter)],
         )
