@@ -631,6 +631,20 @@ def test_a_report_of_nothing_names_no_layer():
     assert report.layers["scale"] == (2, 2)
 
 
+def test_channels_last_loses_as_much():
+    """Pooling to one pixel sets strides there by an operator of its own."""
+    sizes = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ).append(nn.Linear(8, 2))
+        zero_channels(model)
+        model.to(memory_format=memory_format)
+        shrink_(model, IMAGES[0].to(memory_format=memory_format))
+        sizes.append(model[0].out_channels)
+    assert sizes == [4, 4]
+
+
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("make", [Sequence, Residual, Concatenated, Grouped, Split])
 def test_sizes_that_change_are_multiples(make, scatter):

@@ -140,6 +140,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.balanced: list[list[Labels]] = []
         self.labels: dict[int, list[Labels]] = {}
         self.zeros: dict[int, tuple[int, Flags]] = {}
+        self.strides: dict[int, tuple[int, ...]] = {}
         self.alive: list[Tensor] = []  # an id belongs to another tensor once its own is gone
         # Tensors that do not depend on the input, with the parameters that they are made of.
         self.made_of: dict[int, set[str]] = {}
@@ -169,6 +170,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give a tensor its labels, and the dimension and flags of channels that are zero."""
         self.alive.append(tensor)
         self.labels[id(tensor)] = list(labels)
+        self.strides[id(tensor)] = tensor.stride()
         self.zeros.pop(id(tensor), None)
         if zeros is not None:
             self.zeros[id(tensor)] = zeros
@@ -250,6 +252,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _aten.unsqueeze: self._view,
             _aten.squeeze: self._view,
             _aten.expand: self._expand,
+            _aten.as_strided_: self._as_strided,
             _aten.split: self._split,
             _aten.split_with_sizes: self._split,
             _aten.slice: self._slice,
@@ -492,6 +495,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             d = zeros[0] + added
             zeros = (d, np.broadcast_to(zeros[1], (out.shape[d],)))
         self.label(out, labels, zeros)
+        return True
+
+    def _as_strided(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Other strides, in place, as pooling in channels_last sets them where a size is one."""
+        x = args[0]
+        labels, strides = self.of(x), self.strides[id(x)]
+        if [len(each) for each in labels] != list(out.shape) or out.storage_offset() != 0:
+            return False
+        same = zip(out.shape, strides, out.stride(), strict=True)
+        if any(size > 1 and before != after for size, before, after in same):
+            return False
+        self.label(out, labels, self.zeros.get(id(x)))
         return True
 
     def _reduction(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
