@@ -237,9 +237,14 @@ def shrunk(device: torch.device, repeats: int, quick: bool) -> list[dict[str, ob
             models = {"dense": make()}
             models["pruned"] = copy.deepcopy(models["dense"])
             zero_channels(models["pruned"], share)
-            for kind, scatter in (("shrunk", False), ("shrunk, scatter", True)):
+            for kind, scatter, multiple_of in (
+                ("shrunk", False, 1),
+                ("shrunk to eights", False, 8),
+                ("shrunk to eights, scatter", True, 8),
+                ("shrunk to 64s", False, 64),
+            ):
                 models[kind] = copy.deepcopy(models["pruned"]).to(device)
-                shrink_(models[kind], images[:1], scatter=scatter)
+                shrink_(models[kind], images[:1], scatter=scatter, multiple_of=multiple_of)
             works: dict[str, Callable[[], object]] = {}
             for kind, model in models.items():
                 model.to(device, memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ from torch import nn
 from training import SCALES, loss_of, same, small_cnn, train, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer, load_shrunk_
+from torch_worm_optim.movement import fingerprint
 from torch_worm_optim.shrinking import shrink_
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:.*normalises gradients")]
@@ -182,6 +183,14 @@ def test_a_compiled_network_is_searched_and_shrunk():
                 opt.shrink(torch.ones(1, 1, 6, 6, device="cuda"))
         torch.testing.assert_close(loss_of(compiled, 14), loss_of(model, 14), rtol=1e-3, atol=1e-3)
     assert model[0].out_channels == int(opt.final_mask["_orig_mod.1.weight"].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_fingerprint_is_the_same_on_every_device(dtype):
+    """So a search that goes on elsewhere knows whether something has moved."""
+    tensors = [torch.randn(70_000).to(dtype), torch.randn(3, 5).to(dtype)]
+    on_gpu = [tensor.cuda() for tensor in tensors]
+    assert fingerprint(tensors, [None, None]) == fingerprint(on_gpu, [None, None])
 
 
 def test_shards_on_a_device_have_the_masks_of_one_process():
