@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler, swa_utils
 from training import loss_of, same, small_cnn, train, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer
+from torch_worm_optim.pruning import apply_ticket_
 
 # In torch 2.4 SequentialLR does what torch warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")
@@ -202,6 +203,62 @@ def test_averaged_weights_follow_a_pruned_model():
     swa_utils.update_bn([torch.randn(4, 1, 6, 6, device=training.DEVICE)], averaged)
     for name, mask in opt.final_mask.items():
         assert torch.equal(averaged.module.get_parameter(name) != 0, mask)
+
+
+def timm_average(model):
+    """The average of timm's training script."""
+    return pytest.importorskip("timm.utils").ModelEmaV3(model, decay=0.9)
+
+
+def torch_average(model):
+    """An exponential one of torch."""
+    return swa_utils.AveragedModel(
+        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+
+
+@pytest.mark.parametrize("update", ["update_parameters", "update"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_ticket_prunes_an_average_of_before_it(update, whole):
+    """Applied once, to the average or its module, it holds through updates, shifts included."""
+    model, opt, scheduler = build("SWALR")
+    averaged = (timm_average if update == "update" else torch_average)(model)
+    for step in range(12):
+        advance(model, opt, scheduler, range(step, step + 1))
+        getattr(averaged, update)(model)
+    opt.prune()
+    assert all(averaged.module.get_parameter(name).all() for name in opt.final_mask)
+    apply_ticket_(averaged if whole else averaged.module, opt.ticket)
+    for step in range(12, 15):
+        advance(model, opt, scheduler, range(step, step + 1))
+        getattr(averaged, update)(model)
+        for name, mask in opt.final_mask.items():
+            assert torch.equal(averaged.module.get_parameter(name) != 0, mask)
+        for name, mask in opt.ticket.items():
+            assert not averaged.module.get_parameter(name)[~mask].any()
+
+    report = opt.shrink(torch.randn(1, 1, 6, 6, device=training.DEVICE))
+    report.apply_(averaged.module)
+    advance(model, opt, scheduler, range(15, 16))
+    getattr(averaged, update)(model)
+    assert [p.shape for p in averaged.module.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_schedule_free_weights_are_pruned_in_both_modes():
+    """Its second copy of the weights holds the ticket, so that the average of both does."""
+    schedulefree = pytest.importorskip("schedulefree")
+    model = small_cnn()
+    base = schedulefree.SGDScheduleFree(model.parameters(), lr=0.5)
+    opt = WormOptimizer(base, model, **SEARCH)
+    opt.train()
+    train(model, opt, range(12))
+    opt.prune()
+    train(model, opt, range(12, 16))
+    for change_mode in (opt.eval, opt.train):
+        change_mode()
+        for name, mask in opt.ticket.items():
+            assert not model.get_parameter(name)[~mask].any()
+        assert all(model.get_parameter(name)[mask].all() for name, mask in opt.final_mask.items())
 
 
 def test_a_scheduler_warns_of_the_wrong_order_and_only_then():

@@ -18,6 +18,7 @@ from training import BASES, same, small_cnn, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer, load_shrunk_
 from torch_worm_optim.integrations import reports
+from torch_worm_optim.pruning import apply_ticket_
 
 # Truncating from step 2 on; the ticket is the sixth mask, of step 12, wherever it lies.
 SEARCH = {"sample_every": 2, "window": 6, "stopping_point": 1.0, "trigger": "always"}
@@ -78,6 +79,15 @@ def assert_same_run(net, opt, other_net, other):
     masks, other_masks = opt.final_mask, other.final_mask
     assert masks.keys() == other_masks.keys()
     assert all(torch.equal(mask, other_masks[name]) for name, mask in masks.items())
+
+
+def assert_pruned(weights, opt, prefix=""):
+    """What the ticket removes is zero in a state dict, shifts included; what it keeps is not."""
+    assert any(name.endswith("bias") for name in opt.ticket)
+    for name, mask in opt.final_mask.items():
+        assert torch.equal(weights[prefix + name] != 0, mask)
+    assert all((weights[prefix + name][~mask] == 0).all() for name, mask in opt.ticket.items())
+    assert opt.phase is Phase.PRUNED
 
 
 # ---- Accelerate
@@ -403,7 +413,7 @@ def test_lightning_callback_logs_and_acts(at_ticket):
 @lightning_warns
 @pytest.mark.parametrize("over", [3, 7])
 def test_lightning_callback_prunes_over_some_steps(over):
-    """The fade begins at the ticket, is not begun anew at each batch, and is logged as phase 3."""
+    """The fade begins at the ticket, is not begun anew at each batch, and ends with training."""
     logger, module = logged_by_lightning(), lightning_module()
     callback = callback_for("lightning")("prune", over=over)
     lightning_trainer(logger=logger, callbacks=[callback]).fit(module, loader(0, 16))
@@ -412,8 +422,9 @@ def test_lightning_callback_prunes_over_some_steps(over):
     train_plainly(net, opt, batches(0, 12))
     opt.prune(over)
     train_plainly(net, opt, batches(12, 16))
-    assert_same_lightning_run(module, net, opt)
     assert opt.phase is (Phase.PRUNED if over == 3 else Phase.FADING)
+    opt.prune()
+    assert_same_lightning_run(module, net, opt)
     assert_reports(logger.rows, module.worm, 3)
 
 
@@ -573,6 +584,105 @@ def test_lightning_callback_shrinks_at_the_end_of_training():
     assert module.net[0].out_channels + module.net[3].out_channels == 10
 
 
+def weight_averaging():
+    """Lightning's callback that checkpoints an average, and puts it into the model at the end."""
+    module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    return module.WeightAveraging(avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.9))
+
+
+@lightning_warns
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("over", [0, 7])
+@pytest.mark.parametrize("at_ticket", ["prune", "shrink"])
+def test_lightning_callback_prunes_and_shrinks_averages(tmp_path, at_ticket, over, part, order):
+    """An average is pruned and cut with the model, of which it may be more than the optimizer's."""
+    module = lightning_module()
+    if part:
+        module.worm = WormOptimizer(MOMENTUM(module.parameters()), module.net, **SEARCH)
+        module.configure_optimizers = lambda: module.worm
+    callbacks = [callback_for("lightning")(at_ticket, over=over), weight_averaging()][::order]
+    trainer = lightning_trainer(callbacks=callbacks)
+    trainer.fit(module, loader(0, 16))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert same(saved["state_dict"].values(), weights_of(module))
+    if at_ticket == "prune":
+        assert_pruned(module.state_dict(), module.worm, "net." if part else "")
+    else:
+        assert module.net[0].out_channels + module.net[3].out_channels == 10
+        assert all(module.net[i].weight.all() for i in (1, 4))
+
+
+@lightning_warns
+def test_lightning_resumes_a_run_that_shrinks_averages(tmp_path):
+    """The average of a resumed run has the smaller shapes already, and is left alone."""
+    path, callback = tmp_path / "run.ckpt", callback_for("lightning")
+    modules = []
+    for last, ends, checkpoint in ((4, 4, None), (4, 3, None), (4, 4, path)):
+        module = lightning_module()
+        if checkpoint is not None:
+            load_shrunk_(module, torch.load(path, weights_only=True)["state_dict"])
+        trainer = lightning_trainer(
+            max_epochs=last, callbacks=[callback("shrink"), weight_averaging()]
+        )
+        if ends < last:
+            module.on_train_epoch_end = lambda trainer=trainer: (
+                trainer.save_checkpoint(path) if trainer.current_epoch == 2 else None
+            )
+        trainer.fit(module, loader(0, 5), ckpt_path=checkpoint)
+        modules.append(module)
+    assert same(weights_of(modules[0]), weights_of(modules[2]))
+
+
+@lightning_warns
+@pytest.mark.parametrize("order", [1, -1])
+def test_lightning_callback_prunes_what_fit_leaves(order):
+    """Weights that another callback puts into the model when training ends are pruned."""
+    callback = callback_for("lightning")
+    from lightning.pytorch import Callback
+
+    class LoadsOthers(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.load_state_dict(lightning_module().state_dict())
+
+    module = lightning_module()
+    callbacks = [callback("prune"), LoadsOthers()][::order]
+    lightning_trainer(callbacks=callbacks).fit(module, loader(0, 16))
+    assert_pruned(module.state_dict(), module.worm)
+
+
+@lightning_warns
+@pytest.mark.parametrize("pruned_only", [False, True])
+def test_lightning_checkpoint_of_before_the_ticket_is_pruned(tmp_path, pruned_only):
+    """ModelCheckpoint's best is pruned once loaded; a metric that starts late passes it over."""
+    callback = callback_for("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    module = lightning_module()
+
+    def log_loss():
+        pruned = module.worm.phase is Phase.PRUNED
+        module.log("loss", float(module.current_epoch) if pruned or not pruned_only else math.inf)
+
+    module.on_train_epoch_end = log_loss
+    best = ModelCheckpoint(tmp_path, monitor="loss")
+    trainer = lightning_trainer(
+        max_epochs=4, callbacks=[callback("prune"), best], enable_checkpointing=True
+    )
+    trainer.fit(module, loader(0, 5))
+
+    saved = torch.load(best.best_model_path, weights_only=True)
+    assert saved["epoch"] == (2 if pruned_only else 0)
+    copy = lightning_module()
+    copy.load_state_dict(saved["state_dict"])
+    if not pruned_only:
+        assert all(copy.net[i].weight.all() for i in (1, 4))
+        apply_ticket_(copy, module.worm.ticket)
+    assert_pruned(copy.state_dict(), module.worm)
+
+
 @lightning_warns
 def test_lightning_callback_says_why_it_does_not_shrink(monkeypatch):
     """Shrinking that fails ends training, after the ticket is logged, or when that begins."""
@@ -710,6 +820,7 @@ def hf_trainer(directory, n_batches, classifier, optimizer=None, *, callbacks=No
         arguments,
         data_collator=collate,
         train_dataset=rows,
+        eval_dataset=rows,
         optimizers=(optimizer, None),
         optimizer_cls_and_kwargs=given,
         callbacks=callbacks,
@@ -844,7 +955,7 @@ def test_transformers_callback_logs_and_acts(tmp_path, at_ticket):
 @trainer_warns
 @pytest.mark.parametrize("over", [3, 7])
 def test_transformers_callback_prunes_over_some_steps(tmp_path, over):
-    """The fade begins at the ticket, goes on after a resume, and is logged as phase 3."""
+    """The fade begins at the ticket, goes on after a resume, and ends with training."""
     callback = callback_for("transformers")
     runs = []
     for checkpoint in (None, "checkpoint-14"):
@@ -869,9 +980,52 @@ def test_transformers_callback_prunes_over_some_steps(tmp_path, over):
     train_plainly(net, plain, runs[0][2][:12], clip=1.0)
     plain.prune(over)
     train_plainly(net, plain, runs[0][2][12:], clip=1.0)
+    assert plain.phase is (Phase.PRUNED if over == 3 else Phase.FADING)
+    plain.prune()
     for its_net, opt, _ in runs:
         assert_same_run(its_net, opt, net, plain)
-        assert opt.phase is plain.phase is (Phase.PRUNED if over == 3 else Phase.FADING)
+        assert opt.phase is Phase.PRUNED
+
+
+@trainer_warns
+@pytest.mark.parametrize(
+    ("at_ticket", "over", "best"), [("prune", 0, 12), ("prune", 7, 4), ("shrink", 0, 12)]
+)
+def test_transformers_callback_prunes_the_best_model(tmp_path, at_ticket, over, best):
+    """The best of the pruned is loaded, also if it is shrunk, and where there is none one pruned.
+
+    The first model that is evaluated counts as the best, and so does the first once that is reset.
+    """
+    classifier = Classifier()
+    opt = worm_for_classifier(classifier)
+    trainer, _ = hf_trainer(
+        tmp_path,
+        16,
+        classifier,
+        opt,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="step",
+        greater_is_better=False,
+    )
+    trainer.compute_metrics = lambda _: {"step": trainer.state.global_step}
+    inputs = batches(0, 1)[0][0][:1]
+    trainer.add_callback(callback_for("transformers")(trainer, at_ticket, over=over, inputs=inputs))
+    trainer.train()
+
+    assert trainer.state.best_global_step == best
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    safetensors = pytest.importorskip("safetensors.torch")
+    saved = safetensors.load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
+    assert torch.equal(saved["net.8.weight"], classifier.net[8].weight)
+    if at_ticket == "prune":
+        assert_pruned(classifier.net.state_dict(), opt)
+        assert bool(saved["net.1.weight"].all()) == (over == 7)
+    else:
+        assert classifier.net[0].out_channels + classifier.net[3].out_channels == 10
 
 
 @trainer_warns

@@ -15,15 +15,16 @@ from torch_worm_optim.sharding import local_part_of, local_tensor, reshard_
 def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
     """Apply a ticket to a model that need not be the one it was found in, in place.
 
-    This is what a lottery-ticket experiment needs that rewinds to another set of weights. It acts
-    once: later optimizer steps may bring the entries back, where ``WormOptimizer(..., ticket=)``
-    and :meth:`WormOptimizer.prune() <torch_worm_optim.WormOptimizer.prune>` hold them.
+    This is what a lottery-ticket experiment needs that rewinds to another set of weights, and what
+    prunes an average of the weights or an older checkpoint. It acts once: later optimizer steps may
+    bring the entries back, where ``WormOptimizer(..., ticket=)`` and
+    :meth:`WormOptimizer.prune() <torch_worm_optim.WormOptimizer.prune>` hold them.
 
     Args:
         model: The model to prune.
         ticket: Bool masks by parameter name, **True = kept**, such as ``WormOptimizer.final_mask``;
             only the named parameters are touched, and parameters and masks may be DTensors. What
-            DDP or ``torch.compile`` adds to names is ignored on both sides.
+            DDP, ``torch.compile`` or ``AveragedModel`` adds to names is ignored on both sides.
 
     Raises:
         ValueError: If the ticket is for another model: it names a parameter that the model does not

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
@@ -31,6 +34,10 @@ class WormCallback(Callback):
     :class:`~torch_worm_optim.ShrinkReport`, such as ``worm/parameters_after``. With several
     ``WormOptimizer`` the names begin with ``worm0/``, ``worm1/`` and so on, in the order of
     ``trainer.optimizers``.
+
+    Averages that other callbacks keep of the weights in an ``AveragedModel``, as Lightning's
+    ``WeightAveraging`` does, are pruned and shrunk with the model. When training ends, a fade is
+    finished, and what ``fit()`` leaves in a model that is pruned is pruned.
 
     Args:
         at_ticket (str, optional): What to do once the ticket is found, all of them if there are
@@ -72,7 +79,13 @@ class WormCallback(Callback):
         """Find the optimizers; checkpoints are loaded by now."""
         found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         self._reporters = [
-            Reporter(each, self.at_ticket, self.over, scatter=self.scatter)
+            Reporter(
+                each,
+                self.at_ticket,
+                self.over,
+                scatter=self.scatter,
+                copies=_averages(trainer, pl_module, each._layout.model),
+            )
             for each in found
             if isinstance(each, WormOptimizer)
         ]
@@ -102,12 +115,29 @@ class WormCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was drawn after the last batch, as ``opt.sample()`` at the end of epochs is."""
-        self._report(trainer)
+        self._report(trainer, at_end=True)
 
-    def _report(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune what callbacks of any order have put into the model when training ended."""
+        for reporter in self._reporters:
+            reporter.hold_()
+
+    def _report(self, trainer: Trainer, *, at_end: bool = False) -> None:
         for index, reporter in enumerate(self._reporters):
             prefix = "worm/" if len(self._reporters) == 1 else f"worm{index}/"
-            for report in reporter.news(self._example):
+            for report in reporter.news(self._example, at_end=at_end):
                 named = {name.replace("worm/", prefix, 1): value for name, value in report.items()}
                 for logger in trainer.loggers:
                     logger.log_metrics(named, step=trainer.global_step)
+
+
+def _averages(trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[nn.Module]:
+    """The averages of a part of the module that callbacks keep, and checkpoints hold instead."""
+    return [
+        average.module.get_submodule(name)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for average in vars(callback).values()
+        if isinstance(average, AveragedModel) and isinstance(average.module, type(pl_module))
+        for name, part in pl_module.named_modules()
+        if part is model
+    ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_worm_optim.arguments import check_choice, check_count
 from torch_worm_optim.optimizer import WormOptimizer
+from torch_worm_optim.pruning import apply_ticket_
 from torch_worm_optim.search import Phase
 
 PHASES = tuple(Phase)
@@ -69,6 +70,8 @@ class Reporter:
         over (int, optional): Steps that pruning takes, see :meth:`WormOptimizer.prune`
             (default: 0).
         scatter (bool, optional): Passed on to :meth:`WormOptimizer.shrink` (default: False).
+        copies (sequence of nn.Module, optional): Copies of the optimizer's model, such as averages
+            of its weights, that are pruned and shrunk with it (default: none).
 
     Raises:
         TypeError: If ``over`` is not a number.
@@ -94,11 +97,19 @@ class Reporter:
     """
 
     def __init__(
-        self, optimizer: WormOptimizer, at_ticket: str, over: int = 0, *, scatter: bool = False
+        self,
+        optimizer: WormOptimizer,
+        at_ticket: str,
+        over: int = 0,
+        *,
+        scatter: bool = False,
+        copies: Sequence[nn.Module] = (),
     ) -> None:
         self.optimizer = optimizer
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
-        self.scatter = scatter
+        self.scatter, self.copies = scatter, copies
+        # Where a run was shrunk before it was resumed, they have been pruned and cut as well.
+        self._copies_are_pruned = self._is_shrunk
         self._n_told = len(optimizer.history)
         # What a trainer wraps for several processes has planned its messages by then.
         if at_ticket == "shrink" and _n_processes() > 1:
@@ -107,12 +118,14 @@ class Reporter:
                 f'{_n_processes()}. Pass "prune", and shrink when training is over.'
             )
 
-    def news(self, inputs: Any = None) -> Iterator[dict[str, float]]:
+    def news(self, inputs: Any = None, *, at_end: bool = False) -> Iterator[dict[str, float]]:
         """Prune if that is due, report on the masks drawn since the last call, and shrink if due.
 
         Args:
             inputs (optional): What to shrink with: a tensor, a tuple of positional arguments, or a
                 dict of keyword arguments of the model. None never shrinks (default: None).
+            at_end (bool, optional): Whether training is over, so that a fade ends now
+                (default: False).
 
         Yields:
             For each mask drawn: the phase as its index in :class:`Phase`, the largest and the mean
@@ -123,7 +136,11 @@ class Reporter:
             RuntimeError: If the network cannot be shrunk, after all else is reported.
         """
         if self.at_ticket in ("prune", "shrink") and self.optimizer.converged:
-            self.optimizer.prune(self.over)  # A second call lengthens nothing.
+            # A second call lengthens nothing, and what is left at the end has no steps to fade in.
+            self.optimizer.prune(0 if at_end else self.over)
+        if at_end:
+            self.hold_()
+        self._prune_copies_()
         samples = self.optimizer.history[self._n_told :]
         self._n_told += len(samples)
         for sample in samples:
@@ -141,6 +158,24 @@ class Reporter:
         if inputs is not None and self.shrinks and self.optimizer.phase is Phase.PRUNED:
             yield self._shrink(inputs)
 
+    def hold_(self) -> None:
+        """Set what the ticket removes to zero once more, if the model is pruned.
+
+        A trainer may have put other weights into it, such as an average or the best checkpoint.
+        """
+        if self.optimizer.phase is Phase.PRUNED:
+            self.optimizer._hold_at_zero_(self.optimizer._entries())
+
+    def _prune_copies_(self) -> None:
+        """Prune the copies, once the model is pruned; averaging zeros leaves them so."""
+        if self._copies_are_pruned or self.optimizer.phase is not Phase.PRUNED:
+            return
+        ticket = self.optimizer.ticket
+        if ticket is not None:
+            for each in self.copies:
+                apply_ticket_(each, ticket)
+        self._copies_are_pruned = True
+
     def _shrink(self, inputs: Any) -> dict[str, float]:
         """Shrink with inputs on the model's device, and return the figures."""
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
@@ -148,13 +183,20 @@ class Reporter:
         device = self.optimizer.param_groups[0]["params"][0].device
         args, kwargs = tree_map_only(Tensor, lambda each: each.to(device), (args, kwargs))
         report = self.optimizer.shrink(*args, scatter=self.scatter, **kwargs)
+        for each in self.copies:
+            report.apply_(each)
         return {f"worm/{name}": value for name, value in report.as_dict().items()}
 
     @property
     def shrinks(self) -> bool:
         """Whether the network is to be shrunk, now or later; once it is, a resumed one too, no."""
+        return self.at_ticket == "shrink" and not self._is_shrunk
+
+    @property
+    def _is_shrunk(self) -> bool:
+        """Whether the network was shrunk, now or before the run was resumed."""
         held = self.optimizer._search.ticket
-        return self.at_ticket == "shrink" and not (held is not None and held.is_shrunk)
+        return held is not None and held.is_shrunk
 
     @property
     def stops(self) -> bool:

@@ -20,6 +20,7 @@ except ImportError as error:
 
 from torch_worm_optim.integrations.reports import Reporter, check_at_ticket, unwrapped
 from torch_worm_optim.optimizer import WormOptimizer
+from torch_worm_optim.search import Phase
 
 
 class WormCallback(TrainerCallback):
@@ -31,6 +32,9 @@ class WormCallback(TrainerCallback):
     ``worm/ticket_step`` and, for each parameter, the share that it keeps as ``worm/kept/<name>``;
     once shrunk, the figures of the :class:`~torch_worm_optim.ShrinkReport`, such as
     ``worm/parameters_after``.
+
+    When training ends, a fade is finished. Once the model is pruned, ``load_best_model_at_end``
+    looks for the best checkpoint among those that follow, and what it loads is pruned.
 
     Args:
         trainer (Trainer): The Trainer that it is added to; callbacks are not told whose they are,
@@ -73,6 +77,7 @@ class WormCallback(TrainerCallback):
             )
         self.inputs, self.scatter = inputs, scatter
         self._reporter: Reporter | None = None
+        self._was_pruned = False
 
     def on_train_begin(
         self,
@@ -90,6 +95,7 @@ class WormCallback(TrainerCallback):
                 "WormOptimizer(AdamW(model.parameters()), model), None))."
             )
         self._reporter = Reporter(found, self.at_ticket, self.over, scatter=self.scatter)
+        self._was_pruned = found.phase is Phase.PRUNED
 
     def on_step_end(
         self,
@@ -100,8 +106,14 @@ class WormCallback(TrainerCallback):
     ) -> None:
         """Log the masks that this step drew, and act if one is the ticket."""
         self._report(control)
-        if self._reporter is not None and self._reporter.stops:
+        if self._reporter is None:
+            return
+        if self._reporter.stops:
             control.should_training_stop = True
+        if self._reporter.optimizer.phase is Phase.PRUNED and not self._was_pruned:
+            # What was best before is another network: dense, or of other shapes if this is shrunk.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            self._was_pruned = True
 
     def on_train_end(
         self,
@@ -111,13 +123,13 @@ class WormCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log what was drawn after the last step, as ``opt.sample()`` at the end of epochs is."""
-        self._report(control)
+        self._report(control, at_end=True)
 
-    def _report(self, control: TrainerControl) -> None:
+    def _report(self, control: TrainerControl, *, at_end: bool = False) -> None:
         if self._reporter is None:
             return
         # Logging says that what was to be logged is, and the Trainer's own log may be due as well.
         due = control.should_log
-        for report in self._reporter.news(self.inputs):
+        for report in self._reporter.news(self.inputs, at_end=at_end):
             self.trainer.log(report)
         control.should_log = due
