@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from training import BASES, same, small_cnn, weights_of
+from training import BASES, same, sample_twice, small_cnn, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer, load_shrunk_
 from torch_worm_optim.integrations import reports
@@ -1328,3 +1328,21 @@ for module in ("lightning", "transformers"):
         'pip install "torch-worm-optim[lightning]"',
         'pip install "torch-worm-optim[transformers]"',
     ]
+
+
+def test_callbacks_hand_on_how_to_shrink():
+    """Sizes are multiples of what was asked for."""
+    model = small_cnn()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = WormOptimizer(sgd, model, sample_every=None, window=2)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.arange(1, 9))
+        model[4].weight.copy_(torch.arange(1, 13))
+    sample_twice(opt)
+    reporter = reports.Reporter(opt, "shrink", scatter=True, multiple_of=4)
+    told = list(reporter.news(torch.ones(1, 1, 6, 6)))
+    kept = [int(mask.sum()) for mask in opt.final_mask.values()]
+
+    assert "worm/parameters_after" in told[-1]
+    assert [model[0].out_channels, model[3].out_channels] == [-(-n // 4) * 4 for n in kept]
+    assert any(n % 4 for n in kept)

@@ -96,7 +96,7 @@ class WormOptimizer(OptimizerWrapper):
         model (nn.Module): The model that it trains.
         selector (Selector, optional): Which parameters represent the network: a callable
             ``model -> list of Representative`` (default: BatchNorm scales if there are any, else
-            query and key weights).
+            query and key weights). Those that do not require a gradient are left out.
         prune_ratio (float, optional): *p*, share of the representative entries that a mask removes,
             in [0, 1) (default: 0.5).
         stopping_point (float, optional): *s*, the largest distance in the window must be below it,
@@ -124,8 +124,6 @@ class WormOptimizer(OptimizerWrapper):
             run: bool masks by parameter name, **True = kept**. It is applied now and held, the
             phase is ``PRUNED`` from the start, and what ranks and samples plays no part
             (default: None).
-
-    Representatives that do not require a gradient are left out.
 
     Raises:
         TypeError: If an argument is of the wrong kind.

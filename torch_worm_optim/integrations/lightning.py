@@ -52,6 +52,7 @@ class WormCallback(Callback):
             first element if that is a tuple or list (default: None).
         scatter (bool, optional): Passed on to :meth:`~torch_worm_optim.WormOptimizer.shrink`
             (default: False).
+        multiple_of (int, optional): Likewise (default: 1).
 
     Raises:
         TypeError: If ``over`` is not a number.
@@ -69,9 +70,10 @@ class WormCallback(Callback):
         over: int = 0,
         inputs: Any = None,
         scatter: bool = False,
+        multiple_of: int = 1,
     ) -> None:
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
-        self.inputs, self.scatter = inputs, scatter
+        self.inputs, self.scatter, self.multiple_of = inputs, scatter, multiple_of
         self._example: Any = None
         self._reporters: list[Reporter] = []
 
@@ -84,6 +86,7 @@ class WormCallback(Callback):
                 self.at_ticket,
                 self.over,
                 scatter=self.scatter,
+                multiple_of=self.multiple_of,
                 copies=_averages(trainer, pl_module, each._layout.model),
             )
             for each in found

@@ -70,6 +70,7 @@ class Reporter:
         over (int, optional): Steps that pruning takes, see :meth:`WormOptimizer.prune`
             (default: 0).
         scatter (bool, optional): Passed on to :meth:`WormOptimizer.shrink` (default: False).
+        multiple_of (int, optional): Likewise (default: 1).
         copies (sequence of nn.Module, optional): Copies of the optimizer's model, such as averages
             of its weights, that are pruned and shrunk with it (default: none).
 
@@ -103,11 +104,12 @@ class Reporter:
         over: int = 0,
         *,
         scatter: bool = False,
+        multiple_of: int = 1,
         copies: Sequence[nn.Module] = (),
     ) -> None:
         self.optimizer = optimizer
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
-        self.scatter, self.copies = scatter, copies
+        self.scatter, self.multiple_of, self.copies = scatter, multiple_of, copies
         # Where a run was shrunk before it was resumed, they have been pruned and cut as well.
         self._copies_are_pruned = self._is_shrunk
         self._n_told = len(optimizer.history)
@@ -182,7 +184,9 @@ class Reporter:
         args = () if kwargs else inputs if isinstance(inputs, tuple) else (inputs,)
         device = self.optimizer.param_groups[0]["params"][0].device
         args, kwargs = tree_map_only(Tensor, lambda each: each.to(device), (args, kwargs))
-        report = self.optimizer.shrink(*args, scatter=self.scatter, **kwargs)
+        report = self.optimizer.shrink(
+            *args, scatter=self.scatter, multiple_of=self.multiple_of, **kwargs
+        )
         for each in self.copies:
             report.apply_(each)
         return {f"worm/{name}": value for name, value in report.as_dict().items()}

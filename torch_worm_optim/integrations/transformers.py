@@ -48,6 +48,7 @@ class WormCallback(TrainerCallback):
             a tuple of positional arguments, or a dict of keyword arguments (default: None).
         scatter (bool, optional): Passed on to :meth:`~torch_worm_optim.WormOptimizer.shrink`
             (default: False).
+        multiple_of (int, optional): Likewise (default: 1).
 
     Raises:
         TypeError: If ``over`` is not a number.
@@ -66,6 +67,7 @@ class WormCallback(TrainerCallback):
         over: int = 0,
         inputs: Any = None,
         scatter: bool = False,
+        multiple_of: int = 1,
     ) -> None:
         self.trainer = trainer
         self.at_ticket, self.over = check_at_ticket(at_ticket, over)
@@ -75,7 +77,7 @@ class WormCallback(TrainerCallback):
                 "batch. Pass one example: a tensor, a tuple, or a dict of keyword arguments of the "
                 "model."
             )
-        self.inputs, self.scatter = inputs, scatter
+        self.inputs, self.scatter, self.multiple_of = inputs, scatter, multiple_of
         self._reporter: Reporter | None = None
         self._was_pruned = False
 
@@ -94,7 +96,13 @@ class WormCallback(TrainerCallback):
                 f"{type(found).__name__}. Pass one: Trainer(..., optimizers=("
                 "WormOptimizer(AdamW(model.parameters()), model), None))."
             )
-        self._reporter = Reporter(found, self.at_ticket, self.over, scatter=self.scatter)
+        self._reporter = Reporter(
+            found,
+            self.at_ticket,
+            self.over,
+            scatter=self.scatter,
+            multiple_of=self.multiple_of,
+        )
         self._was_pruned = found.phase is Phase.PRUNED
 
     def on_step_end(
