@@ -177,14 +177,24 @@ def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tq
         truncate=args.truncate,
         trigger=args.trigger,
     )
+    scales = [m.weight for m in model.modules() if args.l1 and isinstance(m, nn.BatchNorm2d)]
+
+    def penalise(*_: object) -> None:
+        for scale in scales:
+            scale.grad.add_(scale.sign(), alpha=args.l1)
+
+    # A term of the loss would be truncated with it: the removed scales would stay, the kept ones
+    # would shrink below them, and no two masks would agree. Here it comes after truncation.
+    penalty = sgd.register_step_pre_hook(penalise)
     order = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     epochs = 0
     while not opt.converged and epochs < args.max_epochs:
-        train_epoch(args, model, opt, data, order, bar, args.l1)
+        train_epoch(args, model, opt, data, order, bar)
         epochs += 1
         if opt.history and opt.history[-1].max_distance is not None:
             bar.set_postfix(max_distance=f"{opt.history[-1].max_distance:.3f}", refresh=False)
+    penalty.remove()
     if args.device.type == "cuda":
         torch.cuda.synchronize()
     run = Run(
@@ -201,13 +211,11 @@ def search(args: argparse.Namespace, data: Data, method: str, seed: int, bar: tq
     return model, opt, order, run
 
 
-def train_epoch(args, model, opt, data: Data, order: torch.Generator, bar: tqdm, l1=0.0) -> None:
-    """The loop that everybody writes; with `l1` network slimming's penalty on BatchNorm scales."""
-    scales = [m.weight for m in model.modules() if l1 and isinstance(m, nn.BatchNorm2d)]
+def train_epoch(args, model, opt, data: Data, order: torch.Generator, bar: tqdm) -> None:
+    """The loop that everybody writes."""
     for images, labels in data.batches(args.batch_size, order):
         opt.zero_grad()
-        loss = nn.functional.cross_entropy(model(images), labels)
-        (loss + l1 * sum(scale.abs().sum() for scale in scales)).backward()
+        nn.functional.cross_entropy(model(images), labels).backward()
         opt.step()
         bar.update()
 
@@ -332,7 +340,7 @@ def parse() -> argparse.Namespace:
         type=float,
         default=0.0,
         help="strength of network slimming's L1 term on BatchNorm scales during the search, by "
-        "either method; EB Train's published scripts have 1e-4",
+        "either method, added behind --truncate gradient; EB Train's published scripts have 1e-4",
     )
     add("--scatter", action="store_true", help="narrow norms that write into residual streams")
     add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")
