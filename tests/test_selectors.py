@@ -173,6 +173,12 @@ ADVICE = {  # by model: what each line of the advice selects, in order
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)),
         [["1.weight"], ["0.weight", "2.weight"]],
     ),
+    "a head on what is frozen": (
+        lambda: nn.ModuleList(
+            [nn.GRU(3, 4).requires_grad_(False), nn.LayerNorm(4), nn.Embedding(2, 2)]
+        ),
+        [["1.weight"], ["0.weight_ih_l0", "0.weight_hh_l0", "2.weight"]],
+    ),
     "LayerNorm over a plane": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm((4, 6, 6), bias=False)),
         [["0.weight", "1.weight"]],

@@ -46,23 +46,27 @@ def default_selector(model: nn.Module) -> list[Representative]:
 
 
 def _what_there_is(model: nn.Module) -> str:
-    """A line for each selector that finds something in the model, to be typed as it stands."""
-    modules = list(model.modules())
+    """A line for each selector that finds what is trained, to be typed as it stands."""
+    trained = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and not is_lazy(parameter)
+    ]
     norms = {
         type(module).__name__
-        for module in modules
-        for scale in (module._parameters.get("weight"),)
-        if "Norm" in type(module).__name__ and scale is not None and scale.ndim == 1
+        for module, name, parameter in trained
+        if "Norm" in type(module).__name__ and name == "weight" and parameter.ndim == 1
     }
     lines = []
-    if any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in modules):
+    if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and "weight_hh" in n for m, n, _ in trained):
         lines.append("hidden-to-hidden weights: selector=RecurrentSelector()")
     if norms:
         lines.append(
             f"scales of {', '.join(sorted(norms))}: "
             'selector=ParameterSelector(lambda name, p: name.endswith("weight") and p.ndim == 1)'
         )
-    if any(not is_lazy(p) and p.ndim > 1 for p in model.parameters()):
+    if any(parameter.ndim > 1 for _, _, parameter in trained):
         lines.append(
             "every matrix and filter: selector=ParameterSelector(lambda name, p: p.ndim > 1)"
         )
