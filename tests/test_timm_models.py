@@ -69,6 +69,7 @@ def digits():
     return images.split(16), torch.tensor(bunch.target[:32]).split(16)
 
 
+@pytest.mark.filterwarnings("ignore:The ticket leaves little")  # after six steps
 @pytest.mark.parametrize(
     ("name", "options"),
     [

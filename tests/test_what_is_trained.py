@@ -386,7 +386,7 @@ def test_a_ticket_that_empties_a_layer_says_so():
         if warned:
             assert "'4.weight' (1 of 12)" in texts[0]
             assert '`scope="layer"`' in texts[0]
-            assert "`min_keep=0.1`" in texts[0]
+            assert "`min_keep=0.2`" in texts[0]
 
 
 @pytest.mark.parametrize("min_keep", [1.5, -1, 1.0, "a", True])

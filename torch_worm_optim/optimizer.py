@@ -753,7 +753,7 @@ class WormOptimizer(OptimizerWrapper):
                 f"The ticket leaves little of {', '.join(narrow[:3])}"
                 + f" and {len(narrow) - 3} more" * (len(narrow) > 3)
                 + ", a bottleneck that a network may not recover from. "
-                '`scope="layer"` prunes all alike, and `min_keep=0.1` keeps a tenth of each.',
+                '`scope="layer"` prunes all alike, and `min_keep=0.2` keeps a fifth of each.',
             )
 
     def _warn_once(self, topic: str, message: str) -> None:
