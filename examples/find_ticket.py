@@ -239,7 +239,9 @@ def compare(args: argparse.Namespace, data: Data, seed: int) -> list[Run]:
             continue
         opt.prune()
         run.scores["after pruning"] = accuracy(model, data)
-        report = opt.shrink(data.train_images[:1], scatter=args.scatter)
+        report = opt.shrink(
+            data.train_images[:1], scatter=args.scatter, multiple_of=args.multiple_of
+        )
         epochs = total - run.search_epochs
         start = time.perf_counter()
         n_steps = epochs * run.steps_per_epoch
@@ -343,6 +345,7 @@ def parse() -> argparse.Namespace:
         "either method, added behind --truncate gradient; EB Train's published scripts have 1e-4",
     )
     add("--scatter", action="store_true", help="narrow norms that write into residual streams")
+    add("--multiple-of", type=int, default=1, help="of what sizes stay multiples when shrunk")
     add("--truncate", choices=["gradient", "update"], default="gradient", help="what r scales")
     add_search_arguments(parser, window=5, stopping_point=0.1, margin=0.05)
     return parser.parse_args()

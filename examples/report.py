@@ -61,7 +61,12 @@ def add_search_arguments(
     add("--truncation", type=float, default=3e-3, help="r: what is left of a gradient")
     add("--sample-every", type=int, help="steps between masks (default: an epoch)")
     add("--scope", choices=["global", "layer"], default="global", help="what is ranked together")
-    add("--min-keep", type=int, default=1, help="entries of each layer that always stay")
+    add(
+        "--min-keep",
+        type=lambda text: float(text) if "." in text else int(text),
+        default=1,
+        help="entries of each layer that always stay, or, as 0.2, which share of them",
+    )
     add("--trigger", choices=["distance", "always"], default="distance", help="when to truncate")
 
 
