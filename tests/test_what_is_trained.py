@@ -420,7 +420,7 @@ class TwoStep(torch.optim.SGD):
 def test_an_optimizer_that_saves_in_another_form_is_refused_at_once():
     """Not at the first checkpoint."""
     model = small_cnn()
-    with pytest.raises(ValueError, match=r"Nested has no .* Wrap the optimizer that it is made of"):
+    with pytest.raises(ValueError, match=r"Nested has no .* Wrap the optimizer inside of it"):
         WormOptimizer(Nested(model.parameters(), lr=0.1), model)
 
 
@@ -453,3 +453,103 @@ def test_shifts_and_selected_parts_are_in_the_ticket():
     for name, parameter in model.named_parameters():
         if name in opt.ticket:
             assert torch.equal(parameter != 0, opt.ticket[name])
+
+
+# ---- found in review
+
+
+def test_a_ticket_outlives_a_checkpoint_of_the_plain_optimizer():
+    """Rewinding loads an early state of the optimizer; what is held stays held, in it as well."""
+    model, opt = at_ticket()
+    plain = BASES["SGD momentum"](model.parameters())
+    train(model, plain, range(3))
+    given = WormOptimizer(BASES["SGD momentum"](model.parameters()), model, ticket=opt.ticket)
+    given.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert given.phase is Phase.PRUNED
+    train(model, given, range(3, 6))
+
+    assert n_alive(model, given.ticket) == 0
+    for name, mask in given.ticket.items():
+        assert not given.state[model.get_parameter(name)]["momentum_buffer"][~mask].any()
+
+
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW"])
+def test_pruning_inside_of_a_closure_holds_at_once(base):
+    """A trainer's step is a closure, in which the ticket may be applied."""
+    model, opt = at_ticket(base)
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, 6)
+        loss.backward()
+        opt.prune()
+        return loss
+
+    opt.step(closure)
+
+    assert n_alive(model, opt.ticket) == 0
+    for name, mask in opt.ticket.items():
+        for value in opt.state[model.get_parameter(name)].values():
+            assert value.shape != mask.shape or not value[~mask].any()
+    train(model, opt, range(7, 9))
+
+
+class Shampoo(torch.optim.SGD):
+    """Keeps a matrix for the rows of a parameter, and a code of integers."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Make them, and step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim == 2:
+                    self.state[p].setdefault("precond_0", torch.ones(len(p), len(p)))
+                self.state[p].setdefault("code", torch.ones(p.shape, dtype=torch.uint8))
+        super().step()
+
+
+def test_state_that_is_not_of_entries_is_left_alone():
+    """A square preconditioner has its parameter's shape, and 0 is not the zero of every code."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 6)
+    opt = WormOptimizer(
+        Shampoo(model.parameters(), lr=0.1),
+        model,
+        ParameterSelector("weight"),
+        sample_every=1,
+        window=2,
+        stopping_point=1.0,
+    )
+    for _ in range(3):
+        opt.zero_grad()
+        model(torch.randn(4, 6)).square().sum().backward()
+        opt.step()
+    opt.prune()
+
+    assert int((model.weight == 0).sum()) == 18
+    assert all(bool((value == 1).all()) for value in opt.state[model.weight].values())
+
+
+def test_frozen_weights_of_any_type_are_left_out():
+    """Quantised weights under an adapter cannot be ranked, and need not be."""
+    model = nn.Linear(3, 3)
+    model.register_parameter("base", nn.Parameter(torch.ones(3, dtype=torch.uint8), False))
+    opt = WormOptimizer(
+        torch.optim.SGD([model.weight, model.bias], lr=0.1), model, ParameterSelector("*")
+    )
+    assert "1 more are frozen" in repr(opt)
+
+
+def test_a_fingerprint_knows_in_which_tensor_an_entry_is():
+    """Entries that change places between chunks of two tensors are noticed."""
+    x = [torch.randn((1 << 16) + 10), torch.randn(10)]
+    y = [tensor.clone() for tensor in x]
+    y[0][(1 << 16) + 3], y[1][3] = x[1][3], x[0][(1 << 16) + 3]
+    assert fingerprint(x, [None, None]) != fingerprint(y, [None, None])
+
+
+def test_an_empty_ticket_is_refused():
+    """It would hold nothing."""
+    model = small_cnn()
+    with pytest.raises(ValueError, match=r"`ticket` has no mask"):
+        WormOptimizer(BASES["SGD"](model.parameters()), model, ticket={})

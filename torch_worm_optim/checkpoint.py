@@ -119,7 +119,8 @@ def _unpacked(packed: str, identity: dict[str, Any], layout: Layout) -> HeldTick
     """What :func:`_packed` was given, with this model's names and on its devices."""
     file = io.BytesIO(base64.b64decode(packed))
     parts = torch.load(file, map_location="cpu", weights_only=True)
-    own = {canonical_name(name): (name, p) for name, p in layout.model.named_parameters()}
+    named = layout.model.named_parameters(remove_duplicate=False)
+    own = {canonical_name(name): (name, parameter) for name, parameter in named}
     for key in ("final_mask", "ticket"):
         masks = {}
         for saved_name, mask in parts[key].items():
@@ -242,8 +243,8 @@ def read_record_with_ticket(record: Any, layout: Layout, window: Window) -> Sear
 
     Args:
         record: What :func:`without_record` found.
-        layout: Where the entries are, in a network of the shapes that there were.
-        window: Any window; none is compared with any more.
+        layout: Where the entries are, in a network of the shapes that it had when it was saved.
+        window: Any window; no masks are compared any more.
 
     Returns:
         The search as it was saved.

@@ -7,6 +7,7 @@ Parameters are looked up by name at every use: sharding, ``module.to()``, ``swap
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ from torch_worm_optim.sharding import (
 from torch_worm_optim.truncation import Entries
 from torch_worm_optim.units import expand_mask, unit_magnitudes
 
+# Optimizers that keep matrices for a parameter's rows and columns, which may have its shape.
+_PRECONDITIONING = re.compile("Shampoo|SOAP|Kron")
+
 
 class Layout:
     """The entries that masks rank and apply to, in a model's parameters on this rank.
@@ -46,7 +50,7 @@ class Layout:
         self, model: nn.Module, representatives: Sequence[Representative], optimizer: Optimizer
     ) -> None:
         self.model, self.representatives, self.optimizer = model, representatives, optimizer
-        # What parameters are when the search begins, which surgery on the model changes.
+        # The shapes when the search begins, which surgery on the model changes.
         self._shapes = {
             part.name: attrgetter(part.name)(model).shape
             for each in representatives
@@ -54,6 +58,7 @@ class Layout:
         }
         self._shards: dict[int, Shard] = {}  # of representatives, by index
         self._shard_of_parameter: dict[str, Shard] = {}
+        self._sharded: set[str] = set()  # names of parameters that were DTensors when last seen
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the shards, which hold process groups and are found again."""
@@ -79,10 +84,13 @@ class Layout:
                 "after such surgery, or cut what is pruned out with `opt.shrink()`."
             )
         shard = self._shard_of_parameter.get(name)
-        if shard is not None and not shard.matches(parameter):
+        was_sharded = name in self._sharded and not is_dtensor(parameter)
+        if was_sharded or (shard is not None and not shard.matches(parameter)):
             # After a forward pass without a backward FSDP leaves the whole parameter there.
             reshard_(self.model)
             parameter = attrgetter(name)(self.model)
+        if is_dtensor(parameter):
+            self._sharded.add(name)
         if type(parameter) is Tensor:
             raise RuntimeError(
                 f"{name!r} is no parameter any more but computed from another, as "
@@ -94,12 +102,16 @@ class Layout:
         return parameter
 
     def state_like(self, parameter: Tensor) -> list[Tensor]:
-        """What the base optimizer, and those inside of it, keep in a parameter's shape."""
+        """What the base optimizer, and those inside of it, keep for each entry of a parameter."""
         return [
             value
             for optimizer in _with_inner(self.optimizer)
+            if not _PRECONDITIONING.search(type(optimizer).__name__)
             for value in optimizer.state.get(parameter, {}).values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape
+            # A subclass of Tensor, or integers, may be a code of which 0 is no zero.
+            if (type(value) is Tensor or is_dtensor(value))
+            and (value.is_floating_point() or value.is_complex())
+            and value.shape == parameter.shape
         ]
 
     def check_owned(self) -> None:
@@ -372,8 +384,11 @@ class Target(NamedTuple):
 
 def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it wraps."""
-    inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
-    return [optimizer, *(deeper for each in inner for deeper in _with_inner(each))]
+    found = [optimizer]
+    for each in found:  # which grows
+        inner = [value for value in vars(each).values() if isinstance(value, Optimizer)]
+        found += [value for value in inner if all(value is not other for other in found)]
+    return found
 
 
 def _write(part: Representative, shard: Shard | None, values: Tensor, full: Tensor) -> None:

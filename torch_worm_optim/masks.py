@@ -135,7 +135,7 @@ def compute_mask(
     if n == 0:
         raise ValueError("There are no entries to rank: every representative is empty.")
     quotas = [
-        min(min_keep if isinstance(min_keep, int) else max(1, round(min_keep * n)), n)
+        min(max(1, round(min_keep * n)) if 0 < min_keep < 1 else int(min_keep), n)
         for n in (layer.numel for layer in layers)
     ]
     if scope == "layer":

@@ -16,6 +16,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16}
 # 2^64 over the golden ratio, as a signed number: its multiples are spread evenly (Knuth, The Art of
 # Computer Programming 3, section 6.4).
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+# Tells tensors apart where small odd numbers tell chunks of one apart.
+_OF_TENSORS = 0x5851F42D
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def fingerprint(tensors: Sequence[Tensor], shards: Sequence[Sharding | None]) ->
     if not tensors:
         return 0
     sums = [
-        _sum(tensor.detach(), shard) * (2 * number + 1)
+        _sum(tensor.detach(), shard) * (number * _OF_TENSORS | 1)
         for number, (tensor, shard) in enumerate(zip(tensors, shards, strict=True))
     ]
     return int(sum_over_ranks(torch.stack([each.to(sums[0].device) for each in sums]), shards))
@@ -56,7 +58,9 @@ def _sum(tensor: Tensor, shard: Sharding | None) -> Tensor:
     """The sum over one tensor, as an int64 tensor without dimensions."""
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     numbers = numbers.reshape(-1)
-    if numbers.stride(0) != 1:  # which contiguous() leaves alone where there is but one
+    if (
+        numbers.stride(0) != 1
+    ):  # A tensor of one entry may have any stride, and no view as integers.
         numbers = numbers.clone(memory_format=torch.contiguous_format)
     bits = numbers.view(_INTEGERS.get(numbers.element_size(), torch.int32))
     # A wide entry is several integers: each has a place of its own.

@@ -66,7 +66,8 @@ _untraced = _disable_dynamo
 _MANY_TIES = 0.05
 # A representative that keeps a smaller share than this is a bottleneck that training rarely leaves.
 _NARROW = 0.1
-# After so many steps nothing that writes weights after this optimizer can have gone unnoticed.
+# For so many steps after pruning it is checked, which waits for the device, whether something has
+# written to weights that are held at zero. Lookahead, for one, does so every five or six steps.
 _STEPS_CHECKED = 20
 
 
@@ -121,9 +122,9 @@ class WormOptimizer(OptimizerWrapper):
         trigger (str, optional): ``"distance"`` truncates from the trigger point on; ``"always"``
             from the first mask on (default: ``"distance"``).
         ticket (dict, optional): A ticket that was found before, such as :attr:`ticket` of another
-            run: bool masks by parameter name, **True = kept**. It is applied now and held, the
-            phase is ``PRUNED`` from the start, and what ranks and samples plays no part
-            (default: None).
+            run: bool masks by parameter name, **True = kept**. It is applied now and held, and
+            the phase is ``PRUNED`` from the start. Nothing is searched, so the selector and all
+            arguments of the search are ignored (default: None).
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -200,6 +201,10 @@ class WormOptimizer(OptimizerWrapper):
             sample_every = check_count("sample_every", sample_every, least=1)
         self._sample_every = sample_every
         reshard_(model)
+        if ticket is not None and not ticket:
+            raise ValueError(
+                "`ticket` has no mask in it. Pass `opt.ticket` of another run, or None."
+            )
         held = None if ticket is None else HeldTicket.given(checked_ticket(model, ticket))
         representatives: list[Representative] = []
         self._n_frozen = 0
@@ -289,6 +294,9 @@ class WormOptimizer(OptimizerWrapper):
         self._search.step += 1
         if phase is Phase.FADING:
             self._fade_(entries)
+        if phase is Phase.CONVERGED and self.phase is Phase.PRUNED:
+            # The step's closure has called prune(), and the base optimizer went on from there.
+            self._hold_at_zero_(self._entries())
         if phase is Phase.TRUNCATING and strategy is not None:
             self._warn_if_inert(entries)
         if not phase.converged and self._is_due():
@@ -328,8 +336,9 @@ class WormOptimizer(OptimizerWrapper):
             self._warn_once(
                 "alive",
                 "Weights that the ticket removes, zero after the last step, are not zero any more: "
-                "something writes weights after this optimizer, such as an optimizer around it or "
-                "an average that is swapped in, and what is saved then is not pruned. Put "
+                "something writes weights after this optimizer, such as an optimizer around it, "
+                "an average that is swapped in, or a checkpoint that is loaded, and what is saved "
+                "then is not pruned. Put "
                 "WormOptimizer outermost, or call pruning.apply_ticket_(model, opt.ticket) before "
                 "saving.",
             )
@@ -385,7 +394,6 @@ class WormOptimizer(OptimizerWrapper):
         self._fit_window()
         window, history = self._search.window, self._search.history
         window.push(mask.kept)
-        self._search.fingerprint = fingerprint
         n_entries = sum(self._layout.numels())
         distances: tuple[float, ...] = ()
         if len(history) + 1 >= self._rule.window:
@@ -393,6 +401,7 @@ class WormOptimizer(OptimizerWrapper):
             distances = tuple(n / n_entries for n in differences.tolist())
         sample = decide(distances, step=self._search.step, history=history, rule=self._rule)
         history.append(sample)
+        self._search.fingerprint = fingerprint
         self._clear_strategies()
         self._log_change(
             phase, f" (max distance {sample.max_distance}, mean distance {sample.mean_distance})"
@@ -680,7 +689,9 @@ class WormOptimizer(OptimizerWrapper):
         """Check a checkpoint whole, and then load it."""
         plain, record = without_record(state_dict)
         n_masks = self._rule.window
-        if record is None:  # the plain base optimizer's
+        if record is None and self._search.ticket is not None:
+            search = SearchState(0, True, 0, [], self._search.window, ticket=self._search.ticket)
+        elif record is None:  # the plain base optimizer's
             search = SearchState(0, False, 0, [], Window(self._layout.local_numels(), n_masks))
         elif record_has_ticket(record):
             search = read_record_with_ticket(record, self._layout, self._search.window)
@@ -698,6 +709,9 @@ class WormOptimizer(OptimizerWrapper):
             self._layout.shapes_changed()
         self._clear_strategies()
         self._reserve_record()
+        if record is None and search.ticket is not None:
+            self._hold_at_zero_(self._entries())  # The state that was loaded knows of no ticket.
+            self._held_at_zero.clear()
 
     def _masks_identity(self) -> dict[str, Any]:
         """What the masks depend on; two searches that differ in it cannot share a window."""
@@ -753,7 +767,12 @@ class WormOptimizer(OptimizerWrapper):
                 f"The ticket leaves little of {', '.join(narrow[:3])}"
                 + f" and {len(narrow) - 3} more" * (len(narrow) > 3)
                 + ", a bottleneck that a network may not recover from. "
-                '`scope="layer"` prunes all alike, and `min_keep=0.2` keeps a fifth of each.',
+                '`scope="layer"` prunes all alike'
+                + (
+                    ", and `min_keep=0.2` keeps a fifth of each."
+                    if self._prune_ratio < 0.8
+                    else "."
+                ),
             )
 
     def _warn_once(self, topic: str, message: str) -> None:
@@ -766,12 +785,12 @@ class WormOptimizer(OptimizerWrapper):
 def _check_state_dict(base_optim: Optimizer) -> None:
     """Refuse an optimizer whose checkpoints have no place for the search."""
     if hasattr(base_optim, "consolidate_state_dict"):
-        return  # It has one only after that call, which is a collective one.
+        return  # ZeroRedundancyOptimizer, which raises before all ranks have called that.
     missing = {"state", "param_groups"} - set(base_optim.state_dict())
     if missing:
         raise ValueError(
             f"The state_dict() of {type(base_optim).__name__} has no {sorted(missing)[0]!r}, as "
             "those of torch's optimizers do, so the search could not be saved with it. Wrap the "
-            "optimizer that it is made of: WormOptimizer around that, and this one around "
-            "WormOptimizer if need be."
+            "optimizer inside of it, and put it around that: "
+            f"{type(base_optim).__name__}(WormOptimizer(SGD(...), model))."
         )

@@ -1,4 +1,4 @@
-"""A ticket that is held although nothing can be ranked any more, and where its entries are now."""
+"""A ticket that is held without a search: in a network that was shrunk, or one that was given."""
 
 from __future__ import annotations
 

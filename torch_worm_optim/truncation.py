@@ -218,13 +218,30 @@ class HeldAtZero:
     def __init__(self) -> None:
         self.n_held = 0  # how often entries were set to zero since the mask was new
         self._removed: list[Tensor] = []
-        self._gradients = ScaledGradients(0.0)
 
     def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
         """Step without removed entries' gradients, and set the entries to zero."""
-        loss = self._gradients.step(base_step, closure, entries)
+        masks = self._masks(entries)
+
+        @torch.no_grad()
+        def clear_gradients() -> None:
+            for each, removed in zip(entries, masks, strict=True):
+                gradient = each.gradient()
+                if gradient is not None and gradient.is_sparse:
+                    gradient._values().masked_fill_(removed[tuple(gradient._indices())], 0)
+                elif gradient is not None:
+                    gradient.masked_fill_(removed, 0)
+
+        def clearing_closure() -> Any:
+            with torch.enable_grad():
+                loss = closure()  # type: ignore[misc]
+            clear_gradients()
+            return loss
+
+        clear_gradients()  # Some optimizers use what is there before they call a closure.
+        loss = base_step(None if closure is None else clearing_closure)
         with torch.no_grad():
-            for each, removed in zip(entries, self._masks(entries), strict=True):
+            for each, removed in zip(entries, masks, strict=True):
                 each.weights.masked_fill_(removed, 0)
         self.n_held += 1
         return loss
@@ -233,9 +250,10 @@ class HeldAtZero:
     def apply_(self, entries: Sequence[Entries]) -> None:
         """Set removed entries to zero, in the weights and in the base optimizer's state."""
         self.n_held = 1
-        for each, removed in zip(entries, self._masks(entries), strict=True):
-            for tensor in (each.weights, *each.state()):
-                tensor.masked_fill_(removed, 0)
+        tensors = [(each.weights, *each.state()) for each in entries]
+        for group, removed in zip(tensors, self._masks(entries), strict=True):
+            for tensor in group:
+                tensor.masked_fill_(removed.to(tensor.device), 0)
 
     @torch.no_grad()
     def finds_any(self, entries: Sequence[Entries]) -> bool:
@@ -253,9 +271,8 @@ class HeldAtZero:
         return self._removed
 
     def clear(self) -> None:
-        """Forget the masks, the multipliers, and that anything was held."""
+        """Forget the masks, and that anything was held."""
         self.n_held, self._removed = 0, []
-        self._gradients.clear()
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class OptimizerWrapper(Optimizer):
                 f"{name}() of {type(self.base_optim).__name__} would go past "
                 f"{type(self).__name__}.step(), which then never sees a step. Call "
                 "step(closure), with a closure that clears gradients, evaluates the model and "
-                "calls backward(). If its step() takes no closure, wrap the one inside of it."
+                "calls backward(). If its step() takes no closure, wrap its inner optimizer."
             )
         return attribute
 

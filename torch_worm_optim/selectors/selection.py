@@ -111,13 +111,19 @@ def select(
     shapes: dict[str, Tensor] = {}
     owned_ids = {id(parameter) for parameter in owned}
     parts_of: dict[int, list[Representative]] = {}
+    trained: list[Representative] = []
     for representative in representatives:
         if not isinstance(representative, Representative):
             raise TypeError(
                 f"A selector returns a list of Representative, got {representative!r} in it."
             )
         for part in representative.reached:
-            _check_parameter(part.name, parameters, owned_ids, model)
+            _check_name(part.name, parameters, model)
+        if not any(parameters[part.name].requires_grad for part in representative.ranked):
+            continue
+        trained.append(representative)
+        for part in representative.reached:
+            _check_parameter(part.name, parameters, owned_ids)
             whole = parameters[part.name]
             shapes[part.name] = torch.empty_strided(whole.shape, whole.stride(), device="meta")
         _check_shapes(representative, shapes)
@@ -126,12 +132,8 @@ def select(
             others.append(part)
             if len(others) > 1:
                 _check_apart(others, shapes[part.name])
-    trained = [
-        each
-        for each in representatives
-        if any(parameters[part.name].requires_grad for part in each.ranked)
-    ]
     if not trained:
+        _check_rankable(representatives[0].name, parameters[representatives[0].name])
         raise ValueError(
             f"Nothing that is selected in {type(model).__name__} requires a gradient, "
             f"{representatives[0].name!r} for one, so there is nothing to search. "
@@ -140,15 +142,16 @@ def select(
     return trained, len(representatives) - len(trained)
 
 
-def _check_parameter(
-    name: str, parameters: dict[str, nn.Parameter], owned_ids: set[int], model: nn.Module
-) -> None:
+def _check_name(name: str, parameters: dict[str, nn.Parameter], model: nn.Module) -> None:
     if name not in parameters:
         close = difflib.get_close_matches(name, parameters, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else " See `model.named_parameters()`."
         raise ValueError(
             f"{type(model).__name__} has no parameter {name!r}, which was selected.{hint}"
         )
+
+
+def _check_parameter(name: str, parameters: dict[str, nn.Parameter], owned_ids: set[int]) -> None:
     _check_rankable(name, parameters[name])
     if parameters[name].requires_grad and id(parameters[name]) not in owned_ids:
         raise ValueError(
