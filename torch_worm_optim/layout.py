@@ -57,12 +57,11 @@ class Layout:
             for part in each.reached
         }
         self._shards: dict[int, Shard] = {}  # of representatives, by index
-        self._shard_of_parameter: dict[str, Shard] = {}
-        self._sharded: set[str] = set()  # names of parameters that were DTensors when last seen
+        self._placements: dict[str, Any] = {}  # how DTensors are split, by name
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the shards, which hold process groups and are found again."""
-        return {**self.__dict__, "_shards": {}, "_shard_of_parameter": {}}
+        return {**self.__dict__, "_shards": {}, "_placements": {}}
 
     def parameter(self, name: str) -> Tensor:
         """The parameter of that name.
@@ -83,14 +82,13 @@ class Layout:
                 "optimizer, as by fusing a BatchNorm or replacing a layer. Build WormOptimizer "
                 "after such surgery, or cut what is pruned out with `opt.shrink()`."
             )
-        shard = self._shard_of_parameter.get(name)
-        was_sharded = name in self._sharded and not is_dtensor(parameter)
-        if was_sharded or (shard is not None and not shard.matches(parameter)):
-            # After a forward pass without a backward FSDP leaves the whole parameter there.
+        if name in self._placements and self._placements[name] != _placement(parameter):
+            # After a forward pass without a backward FSDP leaves a parameter there that it has
+            # gathered, whole or still split by tensor parallelism.
             reshard_(self.model)
             parameter = attrgetter(name)(self.model)
         if is_dtensor(parameter):
-            self._sharded.add(name)
+            self._placements.setdefault(name, _placement(parameter))
         if type(parameter) is Tensor:
             raise RuntimeError(
                 f"{name!r} is no parameter any more but computed from another, as "
@@ -183,7 +181,6 @@ class Layout:
                     f"{part.name!r} goes with {representative.name!r}, and is not sharded in the "
                     "same way. Shard both alike, or select without followers."
                 )
-            self._shard_of_parameter[part.name] = shard
         self._shards[index] = shard
         return shard
 
@@ -380,6 +377,11 @@ class Target(NamedTuple):
         full = torch.ones_like(view, dtype=torch.bool)
         self.shard.write(mask, full)
         return full
+
+
+def _placement(parameter: Any) -> Any:
+    """On which mesh a DTensor is split and how; None for other tensors."""
+    return (parameter.device_mesh, parameter.placements) if is_dtensor(parameter) else None
 
 
 def _with_inner(optimizer: Optimizer) -> list[Optimizer]:

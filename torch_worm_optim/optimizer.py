@@ -338,9 +338,8 @@ class WormOptimizer(OptimizerWrapper):
                 "Weights that the ticket removes, zero after the last step, are not zero any more: "
                 "something writes weights after this optimizer, such as an optimizer around it, "
                 "an average that is swapped in, or a checkpoint that is loaded, and what is saved "
-                "then is not pruned. Put "
-                "WormOptimizer outermost, or call pruning.apply_ticket_(model, opt.ticket) before "
-                "saving.",
+                "then is not pruned. Put WormOptimizer outermost, or call "
+                "pruning.apply_ticket_(model, opt.ticket) before saving.",
             )
 
     # ---- a sample
@@ -711,7 +710,6 @@ class WormOptimizer(OptimizerWrapper):
         self._reserve_record()
         if record is None and search.ticket is not None:
             self._hold_at_zero_(self._entries())  # The state that was loaded knows of no ticket.
-            self._held_at_zero.clear()
 
     def _masks_identity(self) -> dict[str, Any]:
         """What the masks depend on; two searches that differ in it cannot share a window."""

@@ -41,7 +41,7 @@ class HeldTicket:
 
     @classmethod
     def given(cls, ticket: Mapping[str, Tensor]) -> HeldTicket:
-        """One that was found elsewhere, checked."""
+        """One that was found elsewhere; every rank gets the whole masks of sharded parameters."""
         whole = {
             name: (mask.full_tensor() if is_dtensor(mask) else mask).clone()  # type: ignore[attr-defined]
             for name, mask in ticket.items()

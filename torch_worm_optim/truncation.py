@@ -109,13 +109,7 @@ class ScaledGradients:
             scale()
             return base_step(None)
 
-        def scaled_closure() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            scale()
-            return loss
-
-        return base_step(scaled_closure)
+        return base_step(_followed_by(closure, scale))
 
     def clear(self) -> None:
         """Forget the multipliers."""
@@ -232,14 +226,8 @@ class HeldAtZero:
                 elif gradient is not None:
                     gradient.masked_fill_(removed, 0)
 
-        def clearing_closure() -> Any:
-            with torch.enable_grad():
-                loss = closure()  # type: ignore[misc]
-            clear_gradients()
-            return loss
-
         clear_gradients()  # Some optimizers use what is there before they call a closure.
-        loss = base_step(None if closure is None else clearing_closure)
+        loss = base_step(None if closure is None else _followed_by(closure, clear_gradients))
         with torch.no_grad():
             for each, removed in zip(entries, masks, strict=True):
                 each.weights.masked_fill_(removed, 0)
@@ -357,6 +345,18 @@ def is_normalising(optimizer: Optimizer) -> bool:
         False
     """
     return any(_NORMALISING.search(kind.__name__) for kind in type(optimizer).__mro__)
+
+
+def _followed_by(closure: Closure, change: Callable[[], None]) -> Closure:
+    """A closure that changes the gradients each time that it has computed them."""
+
+    def both() -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        change()
+        return loss
+
+    return both
 
 
 def _fit(tensors: Sequence[Tensor], entries: Sequence[Entries]) -> bool:
