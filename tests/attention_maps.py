@@ -216,11 +216,11 @@ def judge(
         rest = [
             (b.parameter, where & ~selected.get(_name(parameters, b), torch.zeros(1).bool()))
             for b in own
-            if b.label not in ("q", "k", "qk", "kv", "latent", "q_rank")
+            if b.label not in ("q", "k", "qk", "kv", "latent", "q_latent", "q_rank")
             for _, where in (mark(b),)
         ]
-        if any(b.label == "latent" for b in own):
-            notes.append("the latent of keys and values was left in place")
+        if any(b.label.endswith("latent") for b in own):
+            notes.append("a latent of more than queries or keys was left in place")
         with zeroed(rest):
             maps = attention_maps(model, run)
         for key in seen[path]:

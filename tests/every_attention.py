@@ -2,21 +2,25 @@
 
     python tests/every_attention.py                     # all, some minutes
     python tests/every_attention.py transformers bert llama
+    python tests/every_attention.py further cvt sam_vision_model
     python tests/every_attention.py timm vit_tiny_patch16_224
 
 Of transformers all model types that AutoModelForSequenceClassification and AutoModelForCausalLM
-know, small, with random weights and eager attention; of timm the smallest model for every attention
-class that any of its models has. Prints a line for each and how many of how many passed.
+know, small, with random weights and eager attention, and further ones for images, sound and the
+like; of timm the smallest model for every attention class that any of its models has. Prints a line
+for each and how many of how many passed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import traceback
+import types
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from attention_maps import Verdict, judge, make_attentive_
@@ -159,9 +163,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "bros": {"dim_bbox_projection": 16},
     "codegen": {"rotary_dim": 16},
     "deberta": _RELATIVE,
     "deberta-v2": _RELATIVE,
+    # Short enough for a sentence to have compressed keys; and all of them are picked.
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "index_topk": 64,
+        "index_head_dim": 16,
+        "index_n_heads": 4,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 64, "n_heads": 4},
     "dots3_note": {"text_config": _DOTS},
@@ -188,6 +200,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "hrm_text": {"num_hidden_layers": 8, "num_layers_per_stack": 1},
+    "inkling2_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+    },
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -262,6 +279,318 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 _MOST_PARAMETERS = 600e6
 
+Inputs = dict[str, torch.Tensor]
+
+
+class Further(NamedTuple):
+    """A model type, or one layer, that neither mapping has.
+
+    Attributes:
+        inputs: Made from a seed.
+        options: Of the config, or of the layer's class.
+        class_name: Where the config does not tell which class is to be built.
+    """
+
+    inputs: Callable[[int], Inputs]
+    options: Mapping[str, Any] = types.MappingProxyType({})
+    class_name: str = ""
+
+
+def _normal(**shapes: tuple[int, ...]) -> Callable[[int], Inputs]:
+    def inputs(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    return inputs
+
+
+def _patches(width: int, name: str = "hidden_states") -> Callable[[int], Inputs]:
+    """An image of four by four patches in a row."""
+    grid = {"grid_thw": torch.tensor([(1, 4, 4)])}
+    return lambda seed: {**_normal(**{name: (16, width)})(seed), **grid}
+
+
+def _text(seed: int) -> Inputs:
+    return {"input_ids": tokens(seed)}
+
+
+def _two_texts(seed: int) -> Inputs:
+    return {"input_ids": tokens(seed), "decoder_input_ids": tokens(seed + 7)}
+
+
+def _text_in_boxes(seed: int) -> Inputs:
+    return {"input_ids": tokens(seed), "bbox": _normal(bbox=(2, 11, 4))(0)["bbox"]}
+
+
+_IMAGE = _normal(pixel_values=(2, 3, 32, 32))
+_LARGE_IMAGE = _normal(pixel_values=(2, 3, 64, 64))
+_LINE = _normal(pixel_values=(2, 3, 96, 64))
+_VIT = {"image_size": 32, "patch_size": 8}
+_WINDOWED = {
+    **_VIT,
+    "global_attn_indexes": [1],
+    "window_size": 2,
+    "mlp_dim": 96,
+    "num_pos_feats": 32,
+    "output_channels": 16,
+}
+_PATCHED = {
+    "patch_size": 4,
+    "depth": 2,
+    "embed_dim": 64,
+    "num_heads": 4,
+    "out_hidden_size": 64,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+    "image_size": 16,
+}
+_IN_WINDOWS = {**_PATCHED, "fullatt_block_indexes": [1], "window_size": 16}
+_STACKED = {**_PATCHED, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_SPEECH = {
+    "hidden_dim": 64,
+    "input_dim": 24,
+    "num_heads": 4,
+    "dim_head": 16,
+    "context_size": 6,
+    "max_pos_emb": 16,
+    "num_layers": 2,
+    "output_dim": 8,
+}
+_FRAMES = _normal(hidden_states=(2, 11, 24))
+_IN_PLACES = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, 16, 2)
+_STAGES: dict[str, Any] = {
+    "num_heads": [1, 2],
+    "patch_sizes": [7, 3],
+    "patch_stride": [4, 2],
+    "patch_padding": [2, 1],
+}
+# By model type.
+FURTHER = {
+    "aimv2_vision_model": Further(_IMAGE, {**_VIT, "use_head": True}),
+    "blip_2_vision_model": Further(_IMAGE, _VIT),
+    "blip_vision_model": Further(_IMAGE, _VIT),
+    "bros": Further(_text_in_boxes),
+    "cvt": Further(
+        _IMAGE,
+        {
+            **_STAGES,
+            "embed_dim": [16, 32],
+            "depth": [1, 2],
+            "cls_token": [False, True],
+            "mlp_ratio": [2.0, 2.0],
+            "drop_rate": [0.0, 0.0],
+            "attention_drop_rate": [0.0, 0.0],
+            "drop_path_rate": [0.0, 0.0],
+            "qkv_bias": [True, True],
+            "qkv_projection_method": ["dw_bn"] * 2,
+            "kernel_qkv": [3, 3],
+            "padding_kv": [1, 1],
+            "padding_q": [1, 1],
+            "stride_q": [1, 1],
+            "stride_kv": [2, 2],
+        },
+    ),
+    "decision_transformer": Further(
+        lambda seed: {
+            **_normal(states=(2, 5, 5), actions=(2, 5, 3), returns_to_go=(2, 5, 1))(seed),
+            "timesteps": torch.arange(5).expand(2, 5),
+            "attention_mask": torch.ones(2, 5),
+        },
+        {"state_dim": 5, "act_dim": 3, "hidden_size": 64, "n_positions": 64, "max_ep_len": 32},
+    ),
+    "deepseek_ocr2_sam_vision_model": Further(_IMAGE, _WINDOWED),
+    "ernie4_5_vl_moe_vision": Further(_patches(48), {**_PATCHED, "hidden_size": 64}),
+    "exaone4_5_vision": Further(_patches(96), {**_IN_WINDOWS, "num_key_value_heads": 2}),
+    "florence_vision": Further(
+        _normal(hidden_states=(2, 3, 32, 32)),
+        {
+            **_STAGES,
+            "patch_size": [7, 3],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [16, 32],
+            "depths": [1, 1],
+            "num_groups": [2, 4],
+            "num_heads": [2, 4],
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+            "projection_dim": 32,
+        },
+    ),
+    "gemma4_audio": Further(
+        lambda seed: {
+            **_normal(input_features=(1, 64, 128))(seed),
+            "attention_mask": torch.ones(1, 64).bool(),
+        }
+    ),
+    "gemma4_vision": Further(
+        lambda seed: {
+            **_normal(pixel_values=(2, 16, 48))(seed),
+            "pixel_position_ids": _IN_PLACES,
+        },
+        {"patch_size": 4, "num_key_value_heads": 4},
+    ),
+    "glm4v_moe_vision": Further(_patches(96), _PATCHED),
+    "glm4v_vision": Further(_patches(96), _PATCHED),
+    "glm5_next_vision": Further(_patches(96), _PATCHED),
+    "glm_image_vision": Further(_patches(48, "pixel_values"), _PATCHED),
+    "glm_ocr_vision": Further(_patches(96), _PATCHED),
+    "got_ocr2_vision": Further(_IMAGE, _WINDOWED),
+    "granite_speech_encoder": Further(_FRAMES, _SPEECH),
+    "granite_speech_plus_encoder": Further(_FRAMES, _SPEECH),
+    "hiera": Further(
+        _IMAGE,
+        {
+            "image_size": [32, 32],
+            "patch_size": [3, 3],
+            "patch_stride": [4, 4],
+            "patch_padding": [1, 1],
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 4],
+            "query_stride": [2, 2],
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, False],
+            "num_query_pool": 1,
+        },
+    ),
+    "imagegpt": Further(_text),
+    "instructblip_vision_model": Further(_IMAGE, _VIT),
+    "instructblipvideo_vision_model": Further(_IMAGE, _VIT),
+    "levit": Further(
+        _LARGE_IMAGE,
+        {
+            "image_size": 64,
+            "hidden_sizes": [32, 48],
+            "num_attention_heads": [2, 3],
+            "depths": [1, 1],
+            "key_dim": [8, 8],
+            "mlp_ratio": [2, 2],
+            "attention_ratio": [2, 2],
+            "down_ops": [["Subsample", 8, 4, 4, 2, 2], [""]],
+        },
+    ),
+    "longt5": Further(_two_texts, {"local_radius": 3, "d_kv": 16, "decoder_start_token_id": 0}),
+    "mgp-str": Further(
+        _IMAGE,
+        {
+            "image_size": [32, 32],
+            "patch_size": 8,
+            **dict.fromkeys(("num_bpe_labels", "num_wordpiece_labels", "num_character_labels"), 40),
+        },
+    ),
+    "mistral_large4_text": Further(_text),
+    "pp_formulanet_vision": Further(_IMAGE, {**_WINDOWED, "output_channels": 256}),
+    **{
+        f"pp_ocr{version}": Further(_LINE, {}, f"PPOCR{name}ForTextRecognition")
+        for version, name in (
+            ("v5_mobile_rec", "V5MobileRec"),
+            ("v5_server_rec", "V5ServerRec"),
+            ("v6_small_rec", "V6SmallRec"),
+        )
+    },
+    "qwen2_5_vl_vision": Further(_patches(96), _IN_WINDOWS),
+    "qwen2_vl_vision": Further(_patches(96), {**_PATCHED, "hidden_size": 64}),
+    "qwen3_omni_moe_vision_encoder": Further(_patches(96), _STACKED),
+    "qwen3_vl_moe_vision": Further(_patches(96), _STACKED),
+    "qwen3_vl_vision": Further(_patches(96), _STACKED),
+    "sam2_hiera_det_model": Further(
+        _LARGE_IMAGE,
+        {
+            "image_size": [64, 64],
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+            "blocks_per_stage": [1, 2],
+            "embed_dim_per_stage": [16, 32],
+            "num_attention_heads_per_stage": [1, 2],
+            "window_size_per_stage": [4, 4],
+            "global_attention_blocks": [2],
+            "num_query_pool_stages": 1,
+            "window_positional_embedding_background_size": [4, 4],
+        },
+    ),
+    "sam_hq_vision_model": Further(_IMAGE, _WINDOWED),
+    "sam_vision_model": Further(_IMAGE, _WINDOWED),
+    "seggpt": Further(
+        _normal(
+            **dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), (1, 3, 32, 32))
+        ),
+        {
+            "image_size": [64, 32],
+            "patch_size": 8,
+            "pretrain_image_size": 32,
+            "merge_index": 0,
+            "intermediate_hidden_state_indices": [1],
+        },
+    ),
+    "slanext_vision": Further(_IMAGE, _WINDOWED),
+    "timesformer": Further(_normal(pixel_values=(1, 2, 3, 32, 32)), {**_VIT, "num_frames": 2}),
+    "unlimited_ocr_sam_vision_model": Further(_IMAGE, _WINDOWED),
+    "vitdet": Further(
+        _IMAGE,
+        {
+            **_VIT,
+            "pretrain_image_size": 32,
+            "window_block_indices": [0],
+            "window_size": 2,
+            "use_relative_position_embeddings": True,
+        },
+    ),
+}
+_DETR = {"hidden_size": 32, "num_attention_heads": 4}
+_QUERY_PLACES = _normal(query_position_embeddings=(2, 7, 32))(0)
+_MAP_OF_AN_IMAGE = _normal(query_states=(2, 5, 32), key_states=(2, 32, 3, 4))
+_FUSION = {
+    "d_model": 32,
+    "encoder_ffn_dim": 64,
+    "encoder_attention_heads": 8,
+    "fusion_dropout": 0.0,
+}
+# Single layers by model type and class, where the whole model is hard to build.
+LAYERS = {
+    "conditional_detr ConditionalDetrDecoderSelfAttention": Further(
+        lambda seed: {**_normal(hidden_states=(2, 7, 32))(seed), **_QUERY_PLACES},
+        {**_DETR, "config": {"_attn_implementation": "eager"}},
+    ),
+    "conditional_detr ConditionalDetrDecoderCrossAttention": Further(
+        lambda seed: {
+            **_normal(hidden_states=(2, 7, 32), encoder_hidden_states=(2, 7, 32))(seed),
+            **_QUERY_PLACES,
+            **_normal(query_sine_embed=(2, 7, 32), encoder_position_embeddings=(2, 7, 32))(0),
+        },
+        {**_DETR, "config": {"_attn_implementation": "eager"}},
+    ),
+    "bark BarkSelfAttention": Further(
+        _normal(hidden_states=(2, 7, 32)),
+        {"config": {"hidden_size": 32, "num_heads": 4, "bias": True, "dropout": 0.0}},
+    ),
+    "conditional_detr ConditionalDetrMHAttentionMap": Further(_MAP_OF_AN_IMAGE, _DETR),
+    "dab_detr DabDetrMHAttentionMap": Further(
+        _normal(q=(2, 5, 32), k=(2, 32, 3, 4)), {"query_dim": 32, "hidden_dim": 32, "num_heads": 4}
+    ),
+    "detr DetrMHAttentionMap": Further(_MAP_OF_AN_IMAGE, _DETR),
+    "esm.modeling_esmfold EsmFoldSelfAttention": Further(
+        _normal(x=(2, 7, 32)), {"embed_dim": 32, "num_heads": 4, "head_width": 8}
+    ),
+    "evolla EvollaSequenceCompressorAttention": Further(
+        lambda seed: {
+            **_normal(x=(2, 7, 32), latents=(2, 3, 32))(seed),
+            "mask": torch.ones(2, 10),
+        },
+        {"dim": 32, "dim_head": 8, "heads": 4},
+    ),
+    "grounding_dino GroundingDinoBiMultiHeadAttention": Further(
+        _normal(vision_features=(2, 7, 32), text_features=(2, 5, 32)),
+        {"config": _FUSION},
+    ),
+    "maskformer MaskFormerDetrMHAttentionMap": Further(_MAP_OF_AN_IMAGE, _DETR),
+    "mm_grounding_dino MMGroundingDinoBiMultiHeadAttention": Further(
+        _normal(vision_features=(2, 7, 32), text_features=(2, 5, 32)),
+        {"config": _FUSION},
+    ),
+}
+
 
 def shrink(config: Any) -> Any:
     """Set what can be set; a config that refuses a value keeps its own."""
@@ -303,20 +632,57 @@ def _set(config: Any, name: str, value: Any) -> None:
         setattr(config, name, value)  # what is refused is derived from others that are set
 
 
-def small_transformer(model_type: str, auto: Any) -> nn.Module:
-    """A small model of this type, with eager attention."""
+def _small_config(model_type: str, special: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
-    special = SPECIAL.get(model_type, {})
     config = shrink(CONFIG_MAPPING[model_type](**special))
     for name, value in special.items():
         if not isinstance(value, dict):
             _set(config, name, value)
+    return config
+
+
+def small_transformer(model_type: str, auto: Any) -> nn.Module:
+    """A small model of this type, with eager attention."""
+    config = _small_config(model_type, SPECIAL.get(model_type, {}))
     torch.manual_seed(0)
     if model_type in ("musicgen", "musicgen_melody"):  # their class wants a part of their config
         config.decoder._attn_implementation = "eager"
         return auto._model_mapping[type(config)](config.decoder).float().eval()
     return auto.from_config(config, attn_implementation="eager").float().eval()
+
+
+def small_further(model_type: str) -> nn.Module:
+    """A small model of one of the types of ``FURTHER``, with eager attention."""
+    from transformers import AutoModel
+
+    further = FURTHER[model_type]
+    config = _small_config(model_type, {**SPECIAL.get(model_type, {}), **further.options})
+    torch.manual_seed(0)
+    if type(config) in AutoModel._model_mapping and not further.class_name:
+        return AutoModel.from_config(config, attn_implementation="eager").float().eval()
+    config._attn_implementation = "eager"
+    modeling = type(config).__module__.replace("configuration_", "modeling_")
+    kind = next(
+        kind
+        for name, kind in vars(importlib.import_module(modeling)).items()
+        if getattr(kind, "config_class", None) is type(config)
+        and (name == further.class_name or not (further.class_name or "PreTrained" in name[-15:]))
+    )
+    return kind(config).float().eval()
+
+
+def one_layer(name: str) -> nn.Module:
+    """One of ``LAYERS``."""
+    folder, class_name = name.split()
+    folder, _, file = folder.partition(".")
+    file = file or f"modeling_{folder}"
+    module = importlib.import_module(f"transformers.models.{folder}.{file}")
+    options = dict(LAYERS[name].options)
+    if "config" in options:
+        options["config"] = types.SimpleNamespace(**options["config"])
+    torch.manual_seed(0)
+    return getattr(module, class_name)(**options).eval()
 
 
 def tokens(seed: int, length: int = 11) -> torch.Tensor:
@@ -367,6 +733,22 @@ def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
             )
 
 
+def of_further(only: list[str]) -> Iterator[tuple[str, Verdict]]:
+    """Every model type of ``FURTHER`` and every layer of ``LAYERS``."""
+    for build, table in ((small_further, FURTHER), (one_layer, LAYERS)):
+        for name, further in table.items():
+            if not only or not {name, *name.split()}.isdisjoint(only):
+                yield (
+                    name,
+                    _guarded(
+                        lambda name=name, build=build, further=further: judge_model(
+                            build(name), [further.inputs(seed) for seed in (1, 2)]
+                        ),
+                        bool(only),
+                    ),
+                )
+
+
 def of_timm(only: list[str]) -> Iterator[tuple[str, Verdict]]:
     """The smallest timm model for every class of attention layer that any has."""
     import timm
@@ -413,7 +795,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.backends.mha.set_fastpath_enabled(False)
     library, only = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    for name, judged in (("transformers", of_transformers), ("timm", of_timm)):
+    for name, judged in (
+        ("transformers", of_transformers),
+        ("further", of_further),
+        ("timm", of_timm),
+    ):
         if library not in ("", name):
             continue
         verdicts = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_worm_optim.arguments import check_choice
 from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
 from torch_worm_optim.selectors.layouts import (
+    BIAS_NAME,
     BY_CLASS,
     BY_NAMES,
     FUSED_NAME,
@@ -22,6 +23,7 @@ from torch_worm_optim.selectors.layouts import (
     HEAD_COUNTS,
     HEAD_WIDTHS,
     OUTPUT_DIM,
+    TWO_MAPS,
     WITHOUT_MAP,
     Layouts,
 )
@@ -56,7 +58,7 @@ class Block(NamedTuple):
     @property
     def is_bias(self) -> bool:
         """Whether it is added to what others make: nothing to rank."""
-        return "bias" in self.path.rpartition(".")[2]
+        return bool(BIAS_NAME.search(self.path.rpartition(".")[2]))
 
     @property
     def n_features(self) -> int:
@@ -414,7 +416,7 @@ def _head_width(where: str, module: nn.Module, queries: list[Block]) -> int:
     width, n_heads = _attribute(module, *HEAD_WIDTHS), _attribute(module, *HEAD_COUNTS)
     weight = f"{queries[0].path!r} of shape {tuple(queries[0].parameter.shape)}"
     if width is not None:
-        return width
+        return 2 * width if type(module).__name__ in TWO_MAPS else width
     if n_heads is None:
         raise ValueError(
             f"{where} does not tell how many heads {weight} makes. Set the module's `num_heads` or "

@@ -17,8 +17,9 @@ A layout says what the output features of a weight are, block after block:
 
 Blocks named ``q``, ``k`` and ``qk`` (one projection for both) make queries and keys, and so does
 ``kv`` where the same tensor is read as key and as value. ``v`` makes values. Any other name makes
-neither: ``gate``, or the ``latent`` from which both keys and values are made. ``q_rank`` is the way
-down of low-rank queries: queries, but of no head.
+neither: ``gate``, or the ``latent`` from which both keys and values are made, or the ``q_latent``
+from which both queries and gates are. ``q_rank`` is the way down of low-rank queries: queries, but
+of no head.
 """
 
 from __future__ import annotations
@@ -64,7 +65,21 @@ BY_NAMES: tuple[Layouts, ...] = (
 
 _QKV: Layouts = {"qkv": "q k v"}
 _Q_KV: Layouts = {"q": "q", "kv": "k v"}
+_TO_Q_KV: Layouts = {"to_q": "q", "to_kv": "k v"}
 _BY_HEAD = "num_heads * (q k v)"
+_ATTEND: Layouts = {  # GPT-2's
+    "c_attn": lambda module: "k v" if module.is_cross_attention else "q k v",
+    "q_attn": "q",
+}
+_WRAPPED = _separate("q_proj.linear", "k_proj.linear", "v_proj.linear")
+_MAP_ALONE: Layouts = {"q_proj": "q", "k_proj": "k"}
+_TEXT_AND_IMAGE: Layouts = {
+    "vision_proj": "q",
+    "text_proj": "k",
+    "values_vision_proj": "v",
+    "values_text_proj": "v",
+}
+_CONTENT = _separate("q_content_proj", "k_content_proj", "v_proj")
 _GATED: Layouts = {"q_proj": "num_attention_heads * (q gate)", "k_proj": "k", "v_proj": "v"}
 
 
@@ -84,15 +99,68 @@ BY_CLASS: dict[str, Layouts] = {
         "v_proj_weight": "v",
     },
     # transformers
+    **dict.fromkeys(
+        (
+            "transformers.Blip2Attention",
+            "transformers.BlipAttention",
+            "transformers.CohereCompassVisionAttention",
+            "transformers.DeepseekOcr2SamVisionAttention",
+            "transformers.Dots3NoteVisionAttention",
+            "transformers.Ernie4_5_VLMoeVisionAttention",
+            "transformers.Florence2VisionChannelAttention",
+            "transformers.Florence2VisionWindowAttention",
+            "transformers.Glm4vMoeVisionAttention",
+            "transformers.Glm4vVisionAttention",
+            "transformers.Glm5NextVisionAttention",
+            "transformers.GlmImageVisionAttention",
+            "transformers.GlmOcrVisionAttention",
+            "transformers.GotOcr2VisionAttention",
+            "transformers.HieraMaskUnitAttention",
+            "transformers.InstructBlipAttention",
+            "transformers.InstructBlipVideoAttention",
+            "transformers.MgpstrAttention",
+            "transformers.modeling_qwen2_vl.VisionAttention",
+            "transformers.PPFormulaNetVisionAttention",
+            "transformers.PPOCRV5MobileRecAttention",
+            "transformers.PPOCRV5ServerRecAttention",
+            "transformers.PPOCRV6SmallRecAttention",
+            "transformers.Qwen2_5_VLVisionAttention",
+            "transformers.Qwen3_5MoeVisionAttention",
+            "transformers.Qwen3_5VisionAttention",
+            "transformers.Qwen3OmniMoeVisionAttention",
+            "transformers.Qwen3VLMoeVisionAttention",
+            "transformers.Qwen3VLVisionAttention",
+            "transformers.Qwen4ExpVisionAttention",
+            "transformers.Sam2MultiScaleAttention",
+            "transformers.SamHQVisionAttention",
+            "transformers.SamVisionAttention",
+            "transformers.SegGptAttention",
+            "transformers.SLANeXtVisionAttention",
+            "transformers.TimesformerSelfAttention",
+            "transformers.UnlimitedOcrSamVisionAttention",
+            "transformers.VitDetAttention",
+        ),
+        _QKV,
+    ),
+    # Its only query is a token that is learned: a bias.
+    "transformers.Aimv2AttentionPoolingHead": {"cls_token": "q", "k_proj": "k", "v_proj": "v"},
     "transformers.AXK2Attention": {
-        "q_a_proj": "q_rank",
+        "q_a_proj": "q_latent",
         "q_gate_proj": "num_heads * (q=qk_head_dim gate=v_head_dim)",
         **_LATENT,
     },
+    "transformers.BarkSelfAttention": {"att_proj": "q k v"},
     "transformers.BloomAttention": {"query_key_value": _BY_HEAD},
     "transformers.CodeGenAttention": {"qkv_proj": "4 * (q v k)"},
-    "transformers.CohereCompassVisionAttention": _QKV,
+    "transformers.ConditionalDetrDecoderCrossAttention": _CONTENT,
+    "transformers.ConditionalDetrDecoderSelfAttention": _CONTENT,
+    "transformers.ConditionalDetrMHAttentionMap": _MAP_ALONE,
+    "transformers.CvtSelfAttention": _separate(
+        "projection_query", "projection_key", "projection_value"
+    ),
+    "transformers.DabDetrMHAttentionMap": {"q_linear": "q", "k_linear": "k"},
     "transformers.DbrxAttention": {"Wqkv": "q=hidden_size k v"},
+    "transformers.DecisionTransformerGPT2Attention": _ATTEND,
     "transformers.DeepseekV4Attention": {"q_a_proj": "q_rank", "q_b_proj": "q", "kv_proj": "kv"},
     "transformers.DeepseekV4CSACompressor": {"kv_proj": "kv"},
     "transformers.DeepseekV4HCACompressor": {"kv_proj": "kv"},
@@ -104,11 +172,17 @@ BY_CLASS: dict[str, Layouts] = {
         "key_proj": "k",
         "value_proj": "v",
     },
-    "transformers.FalconAttention": {"query_key_value": _falcon},
-    "transformers.GPT2Attention": {
-        "c_attn": lambda module: "k v" if module.is_cross_attention else "q k v",
-        "q_attn": "q",
+    "transformers.DetrMHAttentionMap": _MAP_ALONE,
+    "transformers.EsmFoldSelfAttention": {"proj": _BY_HEAD},
+    "transformers.EvollaSequenceAlignerCrossAttention": {
+        **_separate("query", "key_protein", "value_protein"),
+        **_separate("query", "key_structure", "value_structure"),
+        **_separate("query", "key_msa", "value_msa"),
     },
+    "transformers.EvollaSequenceCompressorAttention": _TO_Q_KV,
+    "transformers.Exaone4_5_VisionAttention": {"qkv": "q=q_dim k=kv_dim v=kv_dim"},
+    "transformers.FalconAttention": {"query_key_value": _falcon},
+    "transformers.GPT2Attention": _ATTEND,
     "transformers.GPTBigCodeAttention": {
         "c_attn": lambda module: (
             "k v"
@@ -125,12 +199,29 @@ BY_CLASS: dict[str, Layouts] = {
     "transformers.Gemma3nTextAttention": _separate("q_proj", "k_proj", "v_proj"),
     "transformers.Gemma4TextAttention": _separate("q_proj", "k_proj", "v_proj"),
     "transformers.Gemma4UnifiedTextAttention": _separate("q_proj", "k_proj", "v_proj"),
+    "transformers.Gemma4AudioAttention": _WRAPPED,
+    "transformers.Gemma4VisionAttention": _WRAPPED,
+    "transformers.GraniteSpeechConformerAttention": _TO_Q_KV,
+    "transformers.GraniteSpeechPlusConformerAttention": _TO_Q_KV,
+    "transformers.GroundingDinoBiMultiHeadAttention": _TEXT_AND_IMAGE,
+    "transformers.ImageGPTAttention": _ATTEND,
+    "transformers.Inkling2FullAttention": _WRAPPED,
+    "transformers.Inkling2SlidingAttention": _WRAPPED,
+    "transformers.Inkling2LoopFullAttention": _WRAPPED,
+    "transformers.Inkling2LoopSlidingAttention": _WRAPPED,
     "transformers.JetMoeAttention": {"experts.input_linear": "q", "kv_proj": "k v"},
     "transformers.Glm5NextTextLinearAttention": {},
     "transformers.LayoutLMv2SelfAttention": {
         "qkv_linear": "q k v",
         "q_bias": "q",
         **_separate("query", "key", "value"),
+    },
+    "transformers.LevitAttention": {
+        "queries_keys_values.linear": "num_attention_heads * (q=key_dim k=key_dim v)"
+    },
+    "transformers.LevitAttentionSubsample": {
+        "queries.linear": "q",
+        "keys_values.linear": "num_attention_heads * (k=key_dim v)",
     },
     "transformers.LSHSelfAttention": {"query_key": "qk", "value": "v"},
     "transformers.LukeSelfAttention": {
@@ -145,6 +236,17 @@ BY_CLASS: dict[str, Layouts] = {
         "r_r_bias": "q",
         "r_s_bias": "q",
     },
+    "transformers.MaskFormerDetrMHAttentionMap": _MAP_ALONE,
+    # Layers that share another's latent have none of their own, and some have no rotary keys.
+    "transformers.MistralLarge4TextAttention": {
+        "q_proj": "q",
+        **_LATENT,
+        "kv_a_proj_with_mqa": lambda module: (
+            "latent=kv_lora_rank k" if module.qk_rope_head_dim else "latent"
+        ),
+    },
+    "transformers.MMGroundingDinoBiMultiHeadAttention": _TEXT_AND_IMAGE,
+    "transformers.MobileViTV2LinearSelfAttention": {"qkv_proj.convolution": "q=1 k v"},
     "transformers.ModernBertAttention": {"Wqkv": "q k v"},
     "transformers.MptAttention": {"Wqkv": "q k v"},
     "transformers.PersimmonAttention": {"query_key_value": _BY_HEAD},
@@ -153,15 +255,11 @@ BY_CLASS: dict[str, Layouts] = {
     "transformers.Qwen3NextAttention": _GATED,
     "transformers.Qwen3_5Attention": _GATED,
     "transformers.Qwen3_5MoeAttention": _GATED,
-    "transformers.Qwen3_5VisionAttention": _QKV,
-    "transformers.Qwen3_5MoeVisionAttention": _QKV,
     "transformers.Qwen4ExpTextAttention": _GATED,
-    "transformers.Qwen4ExpVisionAttention": _QKV,
-    "transformers.GotOcr2VisionAttention": _QKV,
-    "transformers.Dots3NoteVisionAttention": _QKV,
     "transformers.ZayaCCAProjection": {"q_proj": "q", "k_proj": "k"},
     "transformers.modeling_openai.Attention": {"c_attn": "q k v"},
-    "transformers.MoshiAttention": _separate("q_proj.linear", "k_proj.linear", "v_proj.linear"),
+    "transformers.MoshiAttention": _WRAPPED,
+    "transformers.SwiftFormerEfficientAdditiveAttention": {"to_query": "q", "to_key": "k"},
     "transformers.XLNetRelativeAttention": {
         **_separate("q", "k", "v"),
         "r_w_bias": "q",
@@ -200,7 +298,7 @@ BY_CLASS: dict[str, Layouts] = {
     "timm.gcvit.WindowAttentionGlobal": {
         "qkv": lambda module: "k v" if module.use_global else "q k v"
     },
-    "timm.gemma4_vit.Gemma4Attention": _separate("q_proj.linear", "k_proj.linear", "v_proj.linear"),
+    "timm.gemma4_vit.Gemma4Attention": _WRAPPED,
     "timm.halo_attn.HaloAttn": {"q": "q", "kv": "num_heads * (k=dim_head_qk v=dim_head_v)"},
     "timm.hiera.MaskUnitAttention": _QKV,
     "timm.hieradet_sam2.MultiScaleAttention": _QKV,
@@ -230,6 +328,12 @@ BY_CLASS: dict[str, Layouts] = {
     "timm.twins.GlobalSubSampleAttn": _Q_KV,
     "timm.twins.LocallyGroupedAttn": _QKV,
     "timm.visformer.Attention": _QKV,
+    "timm.vision_transformer.DiffParallelScalingBlock": {
+        "in_proj": "mlp q=2*num_heads*head_dim k=2*num_heads*head_dim v=2*num_heads*head_dim"
+    },
+    "timm.vision_transformer.ParallelScalingBlock": {
+        "in_proj": "mlp q=num_heads*head_dim k=num_heads*head_dim v=num_heads*head_dim"
+    },
     "timm.vision_transformer_relpos.RelPosAttention": _QKV,
     "timm.vision_transformer_sam.Attention": _QKV,
     "timm.volo.Attention": _QKV,
@@ -259,10 +363,17 @@ FUSED_WEIGHT = re.compile(r"(in_proj|qkv)_weight")
 # weights the first dimension is theirs.
 OUTPUT_DIM = {
     "Conv1D": (1, 0),  # GPT-2's
+    "Aimv2AttentionPoolingHead": (2, 0),
     "JetMoeParallelExperts": (1, 1),
     "MoshiFlexibleLinear": (1, 1),
     "XLNetRelativeAttention": (1, 0),
 }
+
+# Parameters of an attention module that are added to what others make, or stand in their place.
+BIAS_NAME = re.compile("bias|token")
+
+# Differential attention: a head has two maps, of queries and keys of half its width.
+TWO_MAPS = frozenset({"DiffAttention", "DiffParallelScalingBlock"})
 
 # How attention modules, or their configs, call the rows of a head and the number of heads.
 HEAD_WIDTHS = (
