@@ -224,23 +224,33 @@ class QueryKeySelector(JoinableSelector):
     ) -> Representative:
         before, n_features, after = block.surroundings
         period, rows = n_features // block.repeat, block.stop - block.start
-        bounds = (block.start, block.stop, period)
-        n_heads = rows // width if width else 0
-        fits = width > 0 and all(bound % width == 0 for bound in bounds) and n_groups > 0
-        if not fits or n_groups % block.repeat or n_heads % (n_groups // block.repeat):
+        outer = min(block.repeat, n_groups)  # a group may lie in several repetitions
+        n_heads, groups = rows // width if width else 0, n_groups // outer if outer else 0
+        per_group = width if self.granularity == "dim" else 1
+        # What a dimension has in several heads lies apart; all else of a unit follows on.
+        apart = per_group > 1 and n_heads != groups
+        bounds = (block.start, block.stop, period) if apart else (rows,)
+        fits = width > 0 and groups > 0 and all(bound % width == 0 for bound in bounds)
+        if not fits or n_groups % outer or block.repeat % outer or n_heads % groups:
             raise ValueError(
                 f"{block.path!r} of {where} has shape {tuple(block.parameter.shape)}, and its "
                 f"{rows} rows from {block.start} on of every {period} cannot be cut into "
                 f"{n_groups} equal groups of heads of width {width}. Set the module's `num_heads` "
                 f'and `head_dim` to what they are, or pass granularity="entry".'
             )
-        heads_per_group = (n_groups // block.repeat, width if self.granularity == "dim" else 1)
-        everything = (slice(None),) * (len(before) + 1)
+        step = width if apart else 1
         return Representative(
             name,
-            view=(*before, block.repeat, period // width, width, *after),
-            part=(*everything, slice(block.start // width, block.stop // width)),
-            units=(*(1 for _ in before), block.repeat, *heads_per_group),
+            view=(*before, block.repeat, period // step, *((width,) if apart else ()), *after),
+            part=(
+                *(slice(None),) * (len(before) + 1),
+                slice(block.start // step, block.stop // step),
+            ),
+            units=(
+                *(1 for _ in before),
+                outer,
+                *((groups, width) if apart else (groups * per_group,)),
+            ),
         )
 
 
