@@ -11,14 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_worm_optim import QueryKeySelector
+from torch_worm_optim import QueryKeySelector, Representative
 from torch_worm_optim.selectors.attention import Block, attention_blocks
 
 Maps = dict[str, list[Tensor]]
@@ -72,21 +73,48 @@ class _Softmaxes(TorchDispatchMode):
         return result
 
 
-@torch.no_grad()
+class _Products(TorchDispatchMode):
+    """Keeps what the first matrix product after every softmax returns, by the running module."""
+
+    def __init__(self, running: list[str]) -> None:
+        super().__init__()
+        self.running, self.maps, self.is_next = running, {}, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "softmax" in func.__name__:
+            self.is_next = True
+        elif self.is_next and func is torch.ops.aten.bmm.default:
+            self.maps.setdefault(self.running[-1], []).append(result.detach().clone())
+            self.is_next = False
+        return result
+
+
 def attention_maps(model: nn.Module, run: Callable[[], object]) -> Maps:
     """The result of every softmax that ``run`` computes, by the path of the innermost module."""
+    recorded = _recorded(model, run, _Softmaxes)
+    return {path: maps for path, maps in recorded.items() if not _NO_MAP.search(path.lower())}
+
+
+def attended_values(model: nn.Module, run: Callable[[], object]) -> Maps:
+    """Every product of maps and values that ``run`` computes, heads along the first dimension."""
+    return _recorded(model, run, _Products)
+
+
+@torch.no_grad()
+def _recorded(model: nn.Module, run: Callable[[], object], mode: type[Any]) -> Maps:
     running = [""]
     hooks = []
     for path, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
         hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
     try:
-        with sdpa_kernel(SDPBackend.MATH), _Softmaxes(running) as recorded:
+        with sdpa_kernel(SDPBackend.MATH), mode(running) as recorded:
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: maps for path, maps in recorded.maps.items() if not _NO_MAP.search(path.lower())}
+    return recorded.maps
 
 
 @torch.no_grad()
@@ -128,6 +156,19 @@ def mark(block: Block) -> tuple[Tensor, Tensor]:
         (slice(None),) * (len(before) + 1) + (slice(block.start, block.stop),)
     ] = True
     return block.parameter, whole
+
+
+def mark_unit(part: Representative, parameter: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """A parameter and which of its entries belong to one unit of a representative."""
+    whole = torch.zeros(parameter.shape, dtype=torch.bool)
+    entries = part.entries(whole)
+    for dim, (n, index) in enumerate(
+        zip(part.units, np.unravel_index(unit, part.units), strict=True)
+    ):
+        width = entries.shape[dim] // n
+        entries = entries.narrow(dim, int(index) * width, width)
+    entries.fill_(True)
+    return parameter, whole
 
 
 def judge(

@@ -173,6 +173,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "index_topk": 64,
         "index_head_dim": 16,
         "index_n_heads": 4,
+        "q_lora_rank": 24,
+        "o_lora_rank": 8,
+        "o_groups": 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 64, "n_heads": 4},
@@ -204,6 +207,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,
         "swa_head_dim": 16,
+        "unpadded_vocab_size": 128,
     },
     "jamba": {
         "attn_layer_period": 2,
@@ -253,6 +257,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
+    "qwen3_next": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "reformer": {
         "axial_pos_embds": False,
         "is_decoder": True,
@@ -324,7 +334,7 @@ def _text_in_boxes(seed: int) -> Inputs:
 
 _IMAGE = _normal(pixel_values=(2, 3, 32, 32))
 _LARGE_IMAGE = _normal(pixel_values=(2, 3, 64, 64))
-_LINE = _normal(pixel_values=(2, 3, 96, 64))
+_LINE = _normal(pixel_values=(2, 3, 48, 64))
 _VIT = {"image_size": 32, "patch_size": 8}
 _WINDOWED = {
     **_VIT,
@@ -482,14 +492,11 @@ FURTHER = {
     ),
     "mistral_large4_text": Further(_text),
     "pp_formulanet_vision": Further(_IMAGE, {**_WINDOWED, "output_channels": 256}),
-    **{
-        f"pp_ocr{version}": Further(_LINE, {}, f"PPOCR{name}ForTextRecognition")
-        for version, name in (
-            ("v5_mobile_rec", "V5MobileRec"),
-            ("v5_server_rec", "V5ServerRec"),
-            ("v6_small_rec", "V6SmallRec"),
-        )
-    },
+    "pp_ocrv5_mobile_rec": Further(
+        _normal(pixel_values=(2, 3, 72, 256)), {}, "PPOCRV5MobileRecForTextRecognition"
+    ),
+    "pp_ocrv5_server_rec": Further(_LINE, {}, "PPOCRV5ServerRecForTextRecognition"),
+    "pp_ocrv6_small_rec": Further(_LINE, {}, "PPOCRV6SmallRecForTextRecognition"),
     "qwen2_5_vl_vision": Further(_patches(96), _IN_WINDOWS),
     "qwen2_vl_vision": Further(_patches(96), {**_PATCHED, "hidden_size": 64}),
     "qwen3_omni_moe_vision_encoder": Further(_patches(96), _STACKED),

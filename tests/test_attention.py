@@ -7,7 +7,14 @@ import math
 import every_attention
 import pytest
 import torch
-from attention_maps import attention_maps, judge, make_attentive_
+from attention_maps import (
+    attended_values,
+    attention_maps,
+    judge,
+    make_attentive_,
+    mark_unit,
+    zeroed,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -29,6 +36,25 @@ ARCHITECTURES = [
     "xlnet",  # bare three-dimensional parameters
     "deberta",  # queries with a bias of their own
     "t5",  # maps that keep a bias of positions
+    "axk2",  # queries fused with gates, from one latent
+    "deepseek_v4",  # keys that are values too, and compressed ones
+    "inkling2_text",  # projections in a wrapper
+]
+FURTHER = [
+    "aimv2_vision_model",  # a head that pools by a learned query
+    "blip_vision_model",
+    "cvt",  # convolutions before the projections
+    "exaone4_5_vision",  # fused, grouped heads
+    "gemma4_vision",
+    "granite_speech_encoder",  # keys and values fused
+    "hiera",
+    "imagegpt",
+    "levit",  # values wider than keys
+    "mgp-str",
+    "sam_hq_vision_model",
+    "sam_vision_model",
+    "timesformer",
+    "vitdet",
 ]
 
 
@@ -60,8 +86,123 @@ def test_transformers_selections_hold_all_that_attention_looks_by_and_nothing_el
 
     assert verdict.passed, verdict
     assert "mixed" not in verdict.reason  # flat without the queries, and without the keys
-    assert verdict.uniform or model_type == "t5"
+    assert verdict.uniform or model_type in ("t5", "deepseek_v4")
     assert verdict.n_layers >= 1
+
+
+def further(name):
+    """A model or a layer that the mappings of texts do not have, and what it is called with."""
+    pytest.importorskip("transformers")
+    if name in every_attention.LAYERS:
+        return every_attention.one_layer(name), every_attention.LAYERS[name].inputs
+    return every_attention.small_further(name), every_attention.FURTHER[name].inputs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*FURTHER, *every_attention.LAYERS])
+def test_selections_of_images_sound_and_layers(name):
+    """The same for what is not called with a text, whose maps may keep a part from positions."""
+    model, inputs = further(name)
+
+    verdict = every_attention.judge_model(model, [inputs(seed) for seed in (1, 2)])
+
+    assert verdict.passed, verdict
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_token_that_is_the_only_query_is_a_bias():
+    """AIMv2's pooling head has keys and values of its own; its query is learned."""
+    model, _ = further("aimv2_vision_model")
+
+    *_, last = QueryKeySelector()(model)
+    *_, heads = QueryKeySelector(granularity="head")(model)
+
+    assert last.name == "head.k_proj.weight"
+    assert [part.name for part in heads.reached[:2]] == ["head.k_proj.weight", "head.cls_token"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("value", [False, True])
+def test_what_makes_gates_too_is_left_alone(value):
+    """The first step of A.X K2's queries makes their gates as well."""
+    model = every_attention.small_transformer("axk2", auto_class("axk2"))
+
+    names = {each.name for each in QueryKeySelector(value=value)(model)}
+
+    assert "model.layers.0.self_attn.q_gate_proj.weight" in names
+    assert not any(name.endswith("q_a_proj.weight") for name in names)
+
+
+def parallel_block(name, **options):
+    """One of timm's blocks that fuse attention with a feed-forward layer."""
+    pytest.importorskip("timm")
+    from timm.models import vision_transformer
+
+    block = getattr(vision_transformer, name)(32, 4, **options).eval()
+    block.fused_attn = False
+    return block, every_attention._normal(x=(2, 7, 32))
+
+
+PARALLEL = ["ParallelScalingBlock", "DiffParallelScalingBlock"]
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_rows_between_feed_forward_and_values(name, qkv_bias):
+    """Of timm's fused blocks the query and key rows are taken, which lie in the middle."""
+    model, inputs = parallel_block(name, qkv_bias=qkv_bias)
+
+    verdict = every_attention.judge_model(model, [inputs(seed) for seed in (1, 2)])
+
+    assert verdict.passed, verdict
+    assert verdict.n_fused == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aimv2_vision_model",
+        "bark BarkSelfAttention",
+        "blip_vision_model",
+        "cvt",
+        "esm.modeling_esmfold EsmFoldSelfAttention",
+        "exaone4_5_vision",
+        "gpt_neox",
+        "granite_speech_encoder",
+        "imagegpt",
+        "inkling2_text",
+        "qwen3_next",
+        "vitdet",
+        *PARALLEL,
+    ],
+)
+def test_a_removed_head_gives_nothing(name):
+    """Without its query, key and value rows the heads of a unit, and no others, are zero."""
+    if name in PARALLEL:
+        model, inputs = parallel_block(name, qkv_bias=True)
+    elif name in (*every_attention.FURTHER, *every_attention.LAYERS):
+        model, inputs = further(name)
+    else:
+        model, inputs = (
+            every_attention.small_transformer(name, auto_class(name)),
+            every_attention._text,
+        )
+    make_attentive_(model, 1)
+    parameters = dict(model.named_parameters())
+    unit, *_ = QueryKeySelector(value=True, granularity="head")(model)
+    n_units = unit.n_units(parameters[unit.name])
+    regions = [mark_unit(part, parameters[part.name], n_units - 1) for part in unit.reached]
+
+    before = attended_values(model, lambda: model(**inputs(1)))
+    with zeroed(regions):
+        after = attended_values(model, lambda: model(**inputs(1)))
+
+    first = next(path for path in before if unit.name.startswith(path))
+    (was,), (now,) = before[first][:1], after[first][:1]
+    removed = (now == 0).flatten(1).all(1)
+    assert (was != 0).flatten(1).any(1).all()
+    assert removed.sum() * n_units == len(removed)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -98,7 +239,9 @@ def test_timm_selections_hold_all_that_attention_looks_by_and_nothing_else(name)
     fused = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)
     try:
-        model = timm.create_model(name).eval()
+        # Two layers of TNT are like all twelve, which take ten seconds.
+        options = {"depth": 2} if name.startswith("tnt") else {}
+        model = timm.create_model(name, **options).eval()
     finally:
         timm.layers.set_fused_attn(bool(fused))
     side = model.default_cfg["input_size"]
@@ -270,6 +413,30 @@ def test_biases_follow_their_rows_and_are_not_in_the_mask():
     head = torch.tensor([[1.0, 0.0]] * 2 + [[1.0, 1.0]]) * 2
     assert model.in_proj_bias.view(3, 2, 2).equal(head[..., None].expand(3, 2, 2))
     assert model.in_proj_weight.view(3, 2, 2, 4).equal(head[..., None, None].expand(3, 2, 2, 4))
+
+
+def test_no_layer_loses_its_last_head():
+    """`min_keep` holds one, by default, where all heads of a layer are smaller than any other's."""
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2)])
+    with torch.no_grad():
+        for scale, layer in zip((1e-3, 1), model, strict=True):
+            layer.in_proj_weight.fill_(scale)
+            layer.in_proj_weight.view(3, 2, 2, 4)[:, 1] *= 2
+    opt = WormOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1),
+        model,
+        QueryKeySelector(granularity="head"),
+        sample_every=None,
+    )
+    opt.sample()
+
+    first, second = (opt.candidate_mask[f"{i}.in_proj_weight"] for i in range(2))
+
+    kept = [
+        [heads[:2].all().item() for heads in mask.view(3, 2, 2, 4).unbind(1)]
+        for mask in (first, second)
+    ]
+    assert kept == [[False, True], [False, True]]
 
 
 class Bare(nn.ModuleDict):
