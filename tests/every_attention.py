@@ -381,6 +381,7 @@ FURTHER = {
     "blip_2_vision_model": Further(_IMAGE, _VIT),
     "blip_vision_model": Further(_IMAGE, _VIT),
     "bros": Further(_text_in_boxes),
+    "cohere_compass_vision": Further(_patches(96), _STACKED),
     "cvt": Further(
         _IMAGE,
         {
@@ -499,9 +500,12 @@ FURTHER = {
     "pp_ocrv6_small_rec": Further(_LINE, {}, "PPOCRV6SmallRecForTextRecognition"),
     "qwen2_5_vl_vision": Further(_patches(96), _IN_WINDOWS),
     "qwen2_vl_vision": Further(_patches(96), {**_PATCHED, "hidden_size": 64}),
+    "qwen3_5_moe_vision": Further(_patches(96), _STACKED),
+    "qwen3_5_vision": Further(_patches(96), _STACKED),
     "qwen3_omni_moe_vision_encoder": Further(_patches(96), _STACKED),
     "qwen3_vl_moe_vision": Further(_patches(96), _STACKED),
     "qwen3_vl_vision": Further(_patches(96), _STACKED),
+    "qwen4_exp_vision": Further(_patches(96), _STACKED),
     "sam2_hiera_det_model": Further(
         _LARGE_IMAGE,
         {

@@ -93,7 +93,9 @@ class QueryKeySelector(JoinableSelector):
             of a head, query row and key row together, since neither is of use without the other.
             Where several query heads share a key head they are one group: ``"head"`` removes all of
             it, and the dimension of a key goes with that of each of its queries. Biases follow
-            their rows.
+            their rows; the shift of a BatchNorm after them does not. Rotary embeddings turn
+            dimensions in pairs, and a mask may remove one of a pair: scores are then exactly those
+            of queries and keys with a zero there, but a layer can be cut only by whole pairs.
         layouts (Mapping, optional): Layouts of further attention classes by the name of the class,
             each a mapping from the path of a weight in it to what its output features are:
             ``{"MyAttention": {"qkv": "q k v"}}`` for three blocks one after another,
