@@ -30,6 +30,7 @@ def test_all_names_are_there_and_no_others():
     assert public == set(torch_worm_optim.__all__)
     assert public == {
         "BatchNormSelector",
+        "FeedForwardSelector",
         "MaskSample",
         "ParameterSelector",
         "Phase",

@@ -4,6 +4,7 @@ from torch_worm_optim.optimizer import WormOptimizer as WormOptimizer
 from torch_worm_optim.search import MaskSample as MaskSample
 from torch_worm_optim.search import Phase as Phase
 from torch_worm_optim.selectors import BatchNormSelector as BatchNormSelector
+from torch_worm_optim.selectors import FeedForwardSelector as FeedForwardSelector
 from torch_worm_optim.selectors import ParameterSelector as ParameterSelector
 from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
 from torch_worm_optim.selectors import RecurrentSelector as RecurrentSelector
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormSelector",
+    "FeedForwardSelector",
     "MaskSample",
     "ParameterSelector",
     "Phase",
