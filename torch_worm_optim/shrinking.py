@@ -18,17 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from torch_worm_optim.arguments import check_count
 from torch_worm_optim.notices import warn_user
+from torch_worm_optim.resizing import Sizes, is_resizable
 from torch_worm_optim.selectors.base import canonical_name
 from torch_worm_optim.sharding import is_dtensor
-from torch_worm_optim.tracing import trace_channels
+from torch_worm_optim.tracing import trace_channels, zero_channels
 
 # For each dimension of a tensor which indices stay; None where all do.
 Kept = tuple["Tensor | None", ...]
@@ -119,12 +122,13 @@ class ShrinkReport:
                 f"{type(model).__name__} has no parameter or buffer {missing[0]!r}, which was cut "
                 "out of the network that was shrunk. Pass a copy of that network."
             )
+        sizes = Sizes(model)
         with torch.no_grad():
             for name, kept in self.kept.items():
                 named[name].set_(  # type: ignore[call-overload]
                     cut_tensor(named[name], kept, self.groups.get(name, 1))
                 )
-        _fit_modules(model)
+        sizes.fit()
 
     def __str__(self) -> str:
         """A few lines: parameters, multiplications, channels, why some stayed, and five layers."""
@@ -208,13 +212,19 @@ def shrink_(
         run = functools.partial(_outputs, model, args, kwargs)
         expected, macs_before = run()
         # A forward may read a number of channels from an attribute of its own. Then it fails, and
-        # less is cut: first channels stay that it splits into parts, then nothing is scattered.
-        attempts = [(True, scatter), (False, scatter), (True, False), (False, False)]
+        # less is cut: first channels stay that it splits into parts, or heads, or both, then
+        # nothing is scattered.
+        attempts = [
+            (splits, heads, scattering)
+            for scattering in dict.fromkeys((scatter, False))
+            for heads in (True, False)
+            for splits in (True, False)
+        ]
         problems: list[Exception] = []
-        for cut_splits, scattering in dict.fromkeys(attempts):
+        for cut_splits, cut_heads, scattering in attempts:
             cut = _Cut(model)
             try:
-                cut.away(args, kwargs, cut_splits, scattering, multiple_of)
+                cut.away(args, kwargs, cut_splits, cut_heads, scattering, multiple_of)
                 outputs, macs_after = run()
                 difference = _difference(expected, outputs)
                 if difference > _tolerance(expected):
@@ -277,12 +287,8 @@ class _Cut:
             if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels
         }
         self.before = {name: tensor.detach() for name, tensor in _named_tensors(model).items()}
-        self.n_zero = sum(_zero_channels(m) for m in model.modules())
-        self._attributes = [
-            (module, {key: getattr(module, key) for key in _SIZES if key in vars(module)})
-            for module in model.modules()
-            if isinstance(module, _RESIZABLE)
-        ]
+        self.n_zero = sum(int(zero.sum()) for _, zero in zero_channels(model).values())
+        self._sizes = Sizes(model)
         self._classes = [(module, type(module)) for module in model.modules()]
 
     def away(
@@ -290,12 +296,19 @@ class _Cut:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         cut_splits: bool,
+        cut_heads: bool,
         scatter: bool,
         multiple_of: int,
     ) -> None:
         """Cut out all that can go."""
         trace_with = functools.partial(
-            trace_channels, self.model, args, kwargs, cut_splits=cut_splits, multiple_of=multiple_of
+            trace_channels,
+            self.model,
+            args,
+            kwargs,
+            cut_splits=cut_splits,
+            cut_heads=cut_heads,
+            multiple_of=multiple_of,
         )
         trace = trace_with()
         self._cut(trace.kept)
@@ -324,7 +337,7 @@ class _Cut:
                 smaller = cut_tensor(named[name], tensors, self.groups.get(name, 1))
                 named[name].set_(smaller)  # type: ignore[call-overload]
                 self.kept[name] = composed(self.kept.get(name), tensors)
-        _fit_modules(self.model)
+        self._sizes.fit()
 
     def undo(self) -> None:
         """Put everything back."""
@@ -337,10 +350,7 @@ class _Cut:
             for name, tensor in self.before.items():
                 if named[name].shape != tensor.shape:
                     named[name].set_(tensor)  # type: ignore[call-overload]
-        for module, sizes in self._attributes:
-            for key, value in sizes.items():
-                setattr(module, key, value)
-        _tell_compiler(self.model)
+        self._sizes.restore()
 
 
 def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -362,7 +372,11 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         3
     """
     own = model.state_dict(keep_vars=True)
-    modules = dict(model.named_modules())
+    # A file may hold a weight once that has several names, as an embedding that is read twice.
+    saved_as = {id(own[key]): key for key in own.keys() & state_dict.keys()}
+    aliases = {key: saved_as[id(own[key])] for key in own if id(own[key]) in saved_as}
+    state_dict = {**{key: state_dict[alias] for key, alias in aliases.items()}, **state_dict}
+    modules = dict(model.named_modules(remove_duplicate=False))
     scattered = {
         key.removesuffix(f".{_SCATTER}")
         for key in state_dict.keys() - own.keys()
@@ -380,15 +394,13 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for key, tensor in own.items():
         saved = tuple(state_dict[key].shape)
         module = modules[key.rpartition(".")[0]]
-        smaller = len(saved) == tensor.dim() and all(
-            a <= b for a, b in zip(saved, tensor.shape, strict=True)
-        )
-        if saved != tuple(tensor.shape) and not (smaller and isinstance(module, _RESIZABLE)):
+        if saved != tuple(tensor.shape) and not _could_be_cut(module, tuple(tensor.shape), saved):
             raise ValueError(
                 f"The state_dict is of another network than {type(model).__name__}: {key!r} has "
                 f"shape {saved}, where the network has {tuple(tensor.shape)}. Build the network as "
                 "it was built before it was shrunk."
             )
+    sizes = Sizes(model)
     with torch.no_grad():
         for path in scattered:
             width = int(state_dict[f"{path}.{_WIDTH}"])
@@ -396,8 +408,18 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         for key, tensor in own.items():
             if tensor.shape != state_dict[key].shape:
                 tensor.set_(tensor.new_empty(state_dict[key].shape))
-    _fit_modules(model)
+    sizes.fit()
     model.load_state_dict(state_dict)
+
+
+def _could_be_cut(module: nn.Module, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether shrinking could have made a parameter of a module that small."""
+    if len(before) != len(after) or any(b < a for b, a in zip(before, after, strict=True)):
+        return False
+    if isinstance(module, nn.Embedding):
+        return before[0] == after[0]
+    # A layer of torch that states a size, such as LayerNorm, would not work with another one.
+    return is_resizable(module) or not type(module).__module__.startswith("torch.nn")
 
 
 # ---- tensors
@@ -491,48 +513,6 @@ def _cut_state(optimizer: Optimizer, cut: _Cut) -> None:
 
 # ---- modules
 
-_SIZES = (
-    *("in_channels", "out_channels", "groups", "in_features", "out_features"),
-    *("num_features", "num_parameters"),
-)
-_RESIZABLE = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU)
-
-
-def _tell_compiler(model: nn.Module) -> None:
-    """Have torch.compile look at the shapes of parameters and buffers again.
-
-    It does so, in torch 2.11 at least, only for modules whose dicts of them have changed.
-    """
-    for module in model.modules():
-        dicts: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in dicts:
-            for name in list(tensors):
-                tensors[name] = tensors.pop(name)
-
-
-def _fit_modules(model: nn.Module) -> None:
-    """Have modules say of their sizes what their parameters are."""
-    _tell_compiler(model)
-    for module in model.modules():
-        if isinstance(module, _ConvNd):
-            shape = module.weight.shape
-            if module.groups == module.in_channels and module.groups > 1:
-                multiplier = module.out_channels // module.in_channels
-                module.groups = module.in_channels = shape[0] // multiplier
-                module.out_channels = shape[0]
-            elif isinstance(module, _ConvTransposeNd):
-                module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
-            else:
-                module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, _BatchNorm):
-            statistics = module.weight if module.weight is not None else module.running_mean
-            if statistics is not None:
-                module.num_features = len(statistics)
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = len(module.weight)
-
 
 class _Scattered:
     """A BatchNorm that writes its channels into a wider tensor by index; the others are zero."""
@@ -575,13 +555,6 @@ def _is_zero_at_zero(module: nn.Module) -> bool:
         return not bool(twin(twin.weight.new_zeros(size)).any())
 
 
-def _zero_channels(module: nn.Module) -> int:
-    """How many channels of a BatchNorm are zero whatever the input is."""
-    if not isinstance(module, _BatchNorm) or module.weight is None or module.bias is None:
-        return 0
-    return int(((module.weight == 0) & (module.bias == 0)).sum())
-
-
 def _refuse_wrapped(model: nn.Module) -> None:
     """Raise for a model that other ranks have a part or a copy of."""
     name = next((n for n, p in model.named_parameters() if is_dtensor(p)), None)
@@ -611,16 +584,20 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with modes, buffers and random numbers put back afterwards."""
     # Autocast would go on with copies of weights that it made before they were cut.
     caches = torch.is_autocast_cache_enabled()
+    # Fused attention hides how it treats heads, and how many multiplications it takes.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.eval()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.set_autocast_cache_enabled(caches)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes:
             module.training = training
         named = dict(model.named_buffers())
@@ -630,18 +607,43 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
                     named[name].copy_(buffer)
 
 
+class _MultiplicationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts multiplications and additions, without the module hooks of ``FlopCounterMode``.
+
+    Those fail where a module gets a parameter as its input and no gradients are computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.n_operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator, and count what it takes."""
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.n_operations += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def _outputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Tensor], int]:
     """The tensors that a model returns, and how many multiplications that takes."""
-    counter = FlopCounterMode(display=False)
+    counter = _MultiplicationCounter()
     with torch.no_grad(), torch.random.fork_rng(), counter:
         torch.manual_seed(0)
         result = model(*args, **kwargs)
     leaves = tree_leaves(result)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    # What a decoder remembers of keys and values gets smaller with its heads.
     others = [
-        leaf for leaf in leaves if not isinstance(leaf, (Tensor, int, float, str, type(None)))
+        leaf
+        for leaf in leaves
+        if not isinstance(leaf, (Tensor, int, float, str, type(None)))
+        and not type(leaf).__name__.endswith("Cache")
     ]
     if others or not tensors:
         what = type(others[0]).__name__ if others else "no tensor"
@@ -649,7 +651,7 @@ def _outputs(
             f"{type(model).__name__} returns {what}, in which shrinking cannot find the tensors. "
             "Return tensors, or tuples, lists and dicts of tensors."
         )
-    return tensors, counter.get_total_flops() // 2
+    return tensors, counter.n_operations // 2
 
 
 def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -22,9 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from torch_worm_optim.resizing import is_conv1d
 
 Labels = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -45,6 +48,7 @@ def _operators(*names: str) -> set[Any]:
 _POINTWISE = _operators(
     *("hardswish", "hardswish_", "_prelu_kernel", "_to_copy", "detach", "alias", "copy_"),
     *("log_sigmoid_forward", "elu", "elu_", "gelu_", "hardtanh", "hardtanh_", "leaky_relu"),
+    *("masked_fill_", "lift_fresh"),
     *("leaky_relu_", "hardsigmoid", "hardsigmoid_", "mish", "mish_", "softplus", "celu", "selu"),
 )
 # Operators that mix the last dimensions of each channel with one another, and of zeros make zeros.
@@ -60,7 +64,9 @@ _BATCH_NORM = _operators(
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
     *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
 )
-_REDUCTIONS = _operators("mean", "sum", "amax", "amin")
+_REDUCTIONS = _operators("mean", "sum", "amax", "amin", "max", "min")
+_SOFTMAX = _operators("_softmax", "_safe_softmax", "_log_softmax")
+_LAYER_NORM = _operators("native_layer_norm", "_fused_rms_norm")
 # Operators that make a new tensor of a shape and read no values.
 _FACTORIES = _operators(
     *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like"),
@@ -89,6 +95,7 @@ def trace_channels(
     kwargs: Mapping[str, Any],
     *,
     cut_splits: bool = True,
+    cut_heads: bool = True,
     scattered: Collection[str] = (),
     multiple_of: int = 1,
 ) -> Trace:
@@ -100,6 +107,8 @@ def trace_channels(
         kwargs: Keyword arguments of its forward.
         cut_splits: Whether channels may go from a tensor that is split into equal parts, as many
             from each part. A forward that reads the size of the parts from an attribute fails then.
+        cut_heads: Whether runs of channels may go that a view makes an index of, as the channels of
+            a head of attention. Of a forward that reads the number of heads, the same holds.
         scattered: Names of BatchNorm scales whose output goes into a wider tensor by index, so that
             they lose channels that the tensor keeps.
         multiple_of: What the number of indices of a dimension that loses some is a multiple of.
@@ -115,7 +124,7 @@ def trace_channels(
         >>> trace_channels(model, [torch.ones(1, 1, 2, 2)], {}).kept["0.weight"]
         (array([0, 2]), None, None, None)
     """
-    watch = _Watch(model, cut_splits, scattered, multiple_of)
+    watch = _Watch(model, cut_splits, cut_heads, scattered, multiple_of)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with torch.no_grad(), watch:
         outputs = model(*args, **kwargs)
@@ -124,19 +133,65 @@ def trace_channels(
     return watch.result()
 
 
+def zero_channels(model: nn.Module) -> dict[str, tuple[int, Flags]]:
+    """Channels of BatchNorms and linear layers that are zero whatever the input is.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        For the name of each scale or matrix the dimension of its channels, and which are zero, the
+        shift or bias included.
+
+    Example:
+        >>> layer = nn.Linear(2, 3, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight[1].zero_()
+        >>> zero_channels(layer)
+        {'weight': (0, array([False,  True, False]))}
+    """
+    found = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        weight, bias, dim = "weight", "bias", 0
+        if isinstance(module, nn.MultiheadAttention):
+            weight, bias = "in_proj_weight", "in_proj_bias"
+        elif is_conv1d(module):
+            dim = 1
+        elif not isinstance(module, (nn.Linear, _BatchNorm)):
+            continue
+        rows = getattr(module, weight)
+        if id(rows) not in names or (isinstance(module, _BatchNorm) and module.bias is None):
+            continue
+        name = names[id(rows)]
+        rows = rows.detach().movedim(dim, 0).unsqueeze(-1).flatten(1)
+        zero = _all_zero(rows, np.arange(rows.shape[1]))
+        if (shift := getattr(module, bias)) is not None:
+            zero &= (shift.detach() == 0).cpu().numpy()
+        if zero.any():
+            found[name] = (dim, zero)
+    return found
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Labels of all tensors of a pass, and what joins, reads and pins them."""
 
     def __init__(
-        self, model: nn.Module, cut_splits: bool, scattered: Collection[str], multiple_of: int
+        self,
+        model: nn.Module,
+        cut_splits: bool,
+        cut_heads: bool,
+        scattered: Collection[str],
+        multiple_of: int,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cut_splits, self.scattered = cut_splits, scattered
+        self.cut_splits, self.cut_heads, self.scattered = cut_splits, cut_heads, scattered
         self.multiple_of = multiple_of
         self.n_labels = _PINNED + 1
         self.joined: list[tuple[Labels, Labels]] = []
         self.pinned: list[tuple[Labels, str]] = []
         self.read_alive: list[Labels] = []
+        self.fixed = {_PINNED}  # labels of which it is known already that they stay
         self.balanced: list[list[Labels]] = []
         self.labels: dict[int, list[Labels]] = {}
         self.zeros: dict[int, tuple[int, Flags]] = {}
@@ -145,12 +200,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors that do not depend on the input, with the parameters that they are made of.
         self.made_of: dict[int, set[str]] = {}
         self.seen: set[int] = set()
-        self.batch_norms: dict[str, Flags] = {}
         self.inputs_of_grouped: dict[int, Labels] = {}  # by the id of a convolution's weight
         self.named: dict[str, Tensor] = {
             **dict(model.named_parameters()),
             **dict(model.named_buffers()),
         }
+        self.zero_channels = zero_channels(model)
         self.name_of = {id(tensor): name for name, tensor in self.named.items()}
         for name, tensor in self.named.items():
             self.label(tensor, [self.new(size) for size in tensor.shape])
@@ -196,6 +251,25 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Have indices go together, one by one."""
         if a is not b:
             self.joined.append((a, b))
+            a, b = np.broadcast_arrays(a, b)
+            self.fixed.update(a[b == _PINNED].tolist(), b[a == _PINNED].tolist())
+
+    def shared(self, size: int, places: Sequence[tuple[Tensor, int]]) -> Labels:
+        """Join a dimension of some size of several tensors, and return labels for it.
+
+        Along a dimension that a tensor was expanded in it is the same at all indices, so that any
+        of them may go.
+        """
+        labels = [
+            each
+            for tensor, d in places
+            for each in (self.of(tensor)[d],)
+            if tensor.stride(d) != 0 or each.any()
+        ]
+        for each in labels[1:]:
+            self.join(labels[0], each)
+        # Where indices of one are known to stay, they do in all.
+        return labels[0] if labels and all(each.any() for each in labels) else _fixed(size)
 
     def pin(self, tensor: Tensor, why: str) -> None:
         """Have all indices of a tensor stay."""
@@ -216,7 +290,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not inputs or func.overloadpacket in _FACTORIES:
+        if func.overloadpacket in _FACTORIES:
+            # Nothing is known of their sizes, until something is written there.
+            for tensor in outputs:
+                self.label(tensor, [self.new(size) for size in tensor.shape])
+            return out
+        if not inputs:
             return out
         rule = self._rule(func)
         if rule is None or not rule(func, args, kwargs, out):
@@ -238,11 +317,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._batch_norm
         if operator in _REDUCTIONS:
             return self._reduction
+        if operator in _SOFTMAX:
+            return self._softmax
+        if operator in _LAYER_NORM:
+            return self._layer_norm
         rules: dict[Any, Callable[..., bool]] = {
             _aten.convolution: self._convolution,
             _aten.addmm: self._linear,
             _aten.mm: self._linear,
+            _aten.bmm: self._bmm,
+            _aten.baddbmm: self._baddbmm,
+            _aten.embedding: self._embedding,
+            _aten.index: self._index,
+            _aten.index_select: self._index_select,
+            _aten.gather: self._gather,
+            _aten.view_as_complex: self._view_as_complex,
+            _aten.view_as_real: self._view_as_real,
             _aten.cat: self._cat,
+            _aten.stack: self._stack,
             _aten.view: self._view,
             _aten._unsafe_view: self._view,
             _aten.reshape: self._view,
@@ -252,10 +344,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _aten.unsqueeze: self._view,
             _aten.squeeze: self._view,
             _aten.expand: self._expand,
+            _aten.repeat: self._repeat,
+            _aten.roll: self._roll,
             _aten.as_strided_: self._as_strided,
             _aten.split: self._split,
             _aten.split_with_sizes: self._split,
             _aten.slice: self._slice,
+            _aten.select: self._select,
+            _aten.unbind: self._unbind,
+            _aten.glu: self._glu,
             _aten.constant_pad_nd: self._pad,
         }
         return rules.get(operator)
@@ -267,27 +364,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(isinstance(arg, Tensor) for arg in kwargs.values()):
             return False
         n = result.dim()
-        labels: list[Labels | None] = [None] * n
-        flags: list[Flags | None] = []
+        labels = []
+        for d, size in enumerate(result.shape):
+            places = [(each, d - n + each.dim()) for each in tensors if each.dim() >= n - d]
+            for each, e in places:
+                if each.shape[e] != size:
+                    self.pinned.append((self.of(each)[e], "broadcast"))
+            same = [(each, e) for each, e in places if each.shape[e] == size]
+            labels.append(self.shared(size, same))
         dim = next((self.zeros[id(t)][0] - t.dim() for t in tensors if id(t) in self.zeros), None)
-        for tensor in tensors:
-            for d, each in enumerate(self.of(tensor), start=n - tensor.dim()):
-                if len(each) != result.shape[d]:
-                    self.pinned.append((each, "broadcast"))
-                elif labels[d] is None:
-                    labels[d] = each
-                else:
-                    self.join(labels[d], each)  # type: ignore[arg-type]
-            flags.append(self._zeros_from_end(tensor, dim, result))
-        filled = [
-            _fixed(size) if each is None else each
-            for size, each in zip(result.shape, labels, strict=True)
-        ]
+        flags = [self._zeros_from_end(each, dim, result) for each in tensors]
         zeros = None
         if dim is not None:
             zero = self._zero_where(func, args, kwargs, flags, result.shape[dim])
             zeros = (n + dim, zero) if zero is not None and zero.any() else None
-        self.label(result, filled, zeros)
+        self.label(result, labels, zeros)
         return True
 
     def _zeros_from_end(self, tensor: Tensor, dim: int | None, result: Tensor) -> Flags | None:
@@ -398,6 +489,101 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label(out, [of_x[0], of_weight[1]], (1, zero_out))
         return True
 
+    def _bmm(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Products of matrices, one for each index of the first dimension."""
+        a, b = args
+        (batch, rows, inner), (batch_b, inner_b, columns) = self.of(a), self.of(b)
+        self.join(batch, batch_b)
+        self.join(inner, inner_b)
+        self.read(inner, self.zeros_along(a, 2) | self.zeros_along(b, 1))
+        zeros = [
+            (0, self.zeros_along(a, 0) | self.zeros_along(b, 0)),
+            (1, self.zeros_along(a, 1)),
+            (2, self.zeros_along(b, 2)),
+        ]
+        self.label(out, [batch, rows, columns], max(zeros, key=lambda each: each[1].mean()))
+        return True
+
+    def _baddbmm(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Products of matrices, and something added to them."""
+        self._bmm(func, args[1:], kwargs, out)
+        labels = self.of(out)
+        for d, each in enumerate(self.of(args[0]), start=3 - args[0].dim()):
+            if len(each) == out.shape[d]:
+                self.join(each, labels[d])
+            else:
+                self.pinned.append((each, "broadcast"))
+        self.label(out, labels)
+        return True
+
+    def _softmax(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """A softmax: indices of its dimension depend on one another, others do not."""
+        labels = self.of(args[0])
+        self.pinned.append((labels[args[1]], "softmax"))
+        self.label(out, labels)
+        return True
+
+    def _layer_norm(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        """A norm over the last dimensions: their indices depend on one another, others do not."""
+        x, shape = args[:2]
+        for tensor in args:
+            if isinstance(tensor, Tensor):
+                for labels in self.of(tensor)[-len(shape) :]:
+                    self.pinned.append((labels, "normalised over"))
+        self.label(out[0], self.of(x))
+        return True
+
+    def _embedding(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Rows of a matrix, picked by index."""
+        rows, columns = self.of(args[0])
+        self.pinned.append((rows, "picked by index"))
+        self.label(out, [*(_fixed(size) for size in out.shape[:-1]), columns])
+        return True
+
+    def _index(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Indices of one dimension, picked by a tensor."""
+        x, picks = args
+        given = [d for d, pick in enumerate(picks) if pick is not None]
+        if len(given) != 1 or picks[given[0]].dtype == torch.bool:
+            return False
+        [dim] = given
+        labels = self.of(x)
+        self.pinned.append((labels[dim], "picked by index"))
+        picked = [_fixed(size) for size in picks[dim].shape]
+        self.label(out, [*labels[:dim], *picked, *labels[dim + 1 :]])
+        return True
+
+    def _index_select(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Indices of one dimension, picked by a vector."""
+        x, dim, picks = args
+        return self._index(func, (x, [*[None] * (dim % x.dim()), picks]), kwargs, out)
+
+    def _gather(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Indices of one dimension, others picked at each index of the other dimensions."""
+        x, dim, picks = args
+        dim %= x.dim()
+        labels = list(self.of(x))
+        for d, of_picks in enumerate(self.of(picks)):
+            if d == dim or len(labels[d]) != len(of_picks):
+                self.pinned.append((labels[d], "picked by index"))
+                labels[d] = of_picks
+            else:
+                labels[d] = self.shared(len(of_picks), [(x, d), (picks, d)])
+        self.label(out, labels)
+        return True
+
+    def _view_as_complex(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Pairs of real numbers as complex ones."""
+        *labels, pairs = self.of(args[0])
+        self.pinned.append((pairs, "pairs"))
+        self.label(out, labels)
+        return True
+
+    def _view_as_real(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Complex numbers as pairs of real ones."""
+        self.label(out, [*self.of(args[0]), _fixed(2)])
+        return True
+
     def _batch_norm(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """A BatchNorm: a scale, a shift and running statistics for each channel."""
         x, scale, shift, *statistics = args[:5]
@@ -411,8 +597,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.join(channels, self.of(tensor)[0])
         if scale is not None and shift is not None:
             zero = self.zeros_along(scale, 0) & self.zeros_along(shift, 0)
-            if name:
-                self.batch_norms[name] = zero
         if name in self.scattered:
             # What is written into the wider tensor is read there: only zeros may be left out.
             self.read(channels, zero)
@@ -430,9 +614,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if d == dim:
                 labels.append(np.concatenate([part[d] for part in parts]))
                 continue
-            for part in parts[1:]:
-                self.join(parts[0][d], part[d])
-            labels.append(parts[0][d])
+            labels.append(self.shared(out.shape[d], [(each, d) for each in tensors]))
         along = {self.zeros[id(each)][0] for each in tensors if id(each) in self.zeros}
         zeros = None
         if len(along) == 1:
@@ -449,20 +631,46 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         labels: list[Labels] = [_fixed(size) for size in out.shape]
         new_zeros = None
         for source, target in _matching_dims(tuple(x.shape), tuple(out.shape)):
-            free = [d for d in source if x.shape[d] > 1 and of_x[d].any()]
+            free = [
+                d for d in source if x.shape[d] > 1 and not self.fixed.issuperset(of_x[d].tolist())
+            ]
             if not free:
                 continue
             large = [d for d in target if out.shape[d] > 1]
-            if len(free) > 1 or len(large) != 1:
-                for d in source:
-                    self.pinned.append((of_x[d], "split or merged by a view"))
+            if len(free) > 1:
+                for d in free:
+                    self.pinned.append((of_x[d], "merged by a view"))
                 continue
-            [d], [t] = free, large
+            [d] = free
             inner = math.prod(x.shape[e] for e in source if e > d)
             outer = math.prod(x.shape[e] for e in source if e < d)
-            labels[t] = np.tile(np.repeat(of_x[d], inner), outer)
+            sizes = [out.shape[t] for t in large]
+            grid = np.tile(np.repeat(of_x[d], inner), outer).reshape(sizes)
+            flags = np.zeros(len(of_x[d]), dtype=bool)
             if zeros is not None and zeros[0] == d:
-                new_zeros = (t, np.tile(np.repeat(zeros[1], inner), outer))
+                flags = zeros[1]
+            zero_grid = np.tile(np.repeat(flags, inner), outer).reshape(sizes)
+            lines = [np.moveaxis(grid, axis, 0).reshape(n, -1) for axis, n in enumerate(sizes)]
+            zero = [
+                np.moveaxis(zero_grid, axis, 0).reshape(n, -1).all(1)
+                for axis, n in enumerate(sizes)
+            ]
+            alike = [axis for axis, line in enumerate(lines) if (line == line[:, :1]).all()]
+            if alike:
+                axis = alike[0]
+            elif self.cut_heads:
+                # Indices of one of the dimensions stay apart: of the one that has most zeros, such
+                # as heads, and of the last but one, where heads usually are, if there are none.
+                axis = max(range(len(sizes)), key=lambda i: (zero[i].mean(), i == len(sizes) - 2))
+                self.join(
+                    lines[axis][:, :1].repeat(lines[axis].shape[1] - 1), lines[axis][:, 1:].ravel()
+                )
+            else:
+                self.pinned.append((of_x[d], "split by a view"))
+                continue
+            labels[large[axis]] = lines[axis][:, 0]
+            if zero[axis].any():
+                new_zeros = (large[axis], zero[axis])
         self.label(out, labels, new_zeros)
         return True
 
@@ -497,6 +705,30 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label(out, labels, zeros)
         return True
 
+    def _repeat(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Whole dimensions over and over."""
+        x, times = args
+        n_added = len(times) - x.dim()
+        of_x = [*(_fixed(1) for _ in range(n_added)), *self.of(x)]
+        labels = [np.tile(each, n) for each, n in zip(of_x, times, strict=True)]
+        zeros = self.zeros.get(id(x))
+        if zeros is not None:
+            d = zeros[0] + n_added
+            zeros = (d, np.tile(zeros[1], times[d]))
+        self.label(out, labels, zeros)
+        return True
+
+    def _roll(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Entries moved along some dimensions, in a circle."""
+        x, dims = args[0], args[2] if len(args) > 2 else ()
+        labels, zeros = self.of(x), self.zeros.get(id(x))
+        moved = {d % x.dim() for d in dims} or set(range(x.dim()))
+        for d in moved:
+            self.pinned.append((labels[d], "rolled"))
+        labels = [_fixed(len(each)) if d in moved else each for d, each in enumerate(labels)]
+        self.label(out, labels, None if zeros is None or zeros[0] in moved else zeros)
+        return True
+
     def _as_strided(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
         """Other strides, in place, as pooling in channels_last sets them where a size is one."""
         x = args[0]
@@ -509,13 +741,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label(out, labels, self.zeros.get(id(x)))
         return True
 
-    def _reduction(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    def _reduction(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """A sum, mean or extremum over some dimensions."""
         x = args[0]
-        if len(args) < 2 or not isinstance(args[1], (list, tuple)):
+        if len(args) < 2 or isinstance(args[1], (Tensor, type(None))):
             return False
-        reduced = {d % x.dim() for d in args[1]}
-        keeps = out.dim() == x.dim()
+        reduced = {d % x.dim() for d in ([args[1]] if isinstance(args[1], int) else args[1])}
+        results = [out] if isinstance(out, Tensor) else out
+        keeps = results[0].dim() == x.dim()
         labels, zeros, known = [], None, self.zeros.get(id(x))
         for d, each in enumerate(self.of(x)):
             if d in reduced:
@@ -526,7 +759,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if known is not None and known[0] == d:
                 zeros = (len(labels), known[1])
             labels.append(each)
-        self.label(out, labels, zeros)
+        for position, result in enumerate(results):  # the indices of an extremum are the second
+            self.label(result, labels, None if position else zeros)
         return True
 
     def _split(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
@@ -567,6 +801,48 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label(out, labels, zeros)
         return True
 
+    def _select(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """One index of a dimension."""
+        x, dim, index = args
+        self._without_dim(x, dim % x.dim(), [(index, out)])
+        return True
+
+    def _unbind(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        """Each index of a dimension."""
+        x, dim = args[0], args[1] if len(args) > 1 else 0
+        self._without_dim(x, dim % x.dim(), list(enumerate(out)))
+        return True
+
+    def _without_dim(self, x: Tensor, dim: int, parts: Sequence[tuple[int, Tensor]]) -> None:
+        """Label parts that have one index of a dimension each."""
+        labels, zeros = self.of(x), self.zeros.get(id(x))
+        self.pinned.append((labels[dim], "taken apart"))
+        for _, part in parts:
+            flags = None
+            if zeros is not None and zeros[0] != dim:
+                flags = (zeros[0] - (zeros[0] > dim), zeros[1])
+            self.label(part, [*labels[:dim], *labels[dim + 1 :]], flags)
+
+    def _stack(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Tensors side by side along a dimension of their own."""
+        tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+        labels = [
+            self.shared(size, [(each, d) for each in tensors])
+            for d, size in enumerate(tensors[0].shape)
+        ]
+        self.label(out, [*labels[:dim], _fixed(len(tensors)), *labels[dim:]])
+        return True
+
+    def _glu(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """The first half of a dimension times the sigmoid of the second."""
+        x, dim = args[0], (args[1] if len(args) > 1 else -1) % out.dim()
+        labels, n = list(self.of(x)), out.shape[dim]
+        zero = self.zeros_along(x, dim)[:n]
+        self.join(labels[dim][:n], labels[dim][n:])
+        labels[dim] = labels[dim][:n]
+        self.label(out, labels, (dim, zero))
+        return True
+
     # ---- what follows
 
     def result(self) -> Trace:
@@ -592,6 +868,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, tensor in self.named.items():
             if id(tensor) not in self.seen:
                 for roots in of_named[name]:
+                    for each in np.unique(roots[~stays[roots]]).tolist():
+                        why[each] = "this forward does not use it"
                     stays[roots] = True
         goes = ~stays
         balanced = [[root[part] for part in parts] for parts in self.balanced]
@@ -605,8 +883,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kept[1] = np.flatnonzero(~goes[root[channels]])
             if any(each is not None for each in kept):
                 trace.kept[name] = tuple(kept)
-        for name, zero in self.batch_norms.items():
-            roots = of_named[name][0][zero]
+        for name, (dim, zero) in self.zero_channels.items():
+            roots = of_named[name][dim][zero]
             for each in roots[~goes[roots]].tolist():
                 reasons = trace.left.setdefault(name, {})
                 reason = why.get(each, "something that stays goes with it")

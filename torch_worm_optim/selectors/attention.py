@@ -165,7 +165,7 @@ class QueryKeySelector(JoinableSelector):
     def finds_any(self, model: nn.Module) -> bool:
         """Whether ``model`` has attention at all, in a layout that is known or not."""
         return any(
-            _unknown_fused(module) if known is None else known
+            unknown_fused(module) if known is None else known
             for module in model.modules()
             for known in (_layouts_of(module, self.layouts),)
         )
@@ -181,9 +181,14 @@ class QueryKeySelector(JoinableSelector):
             return []
         where = f"{path or 'the model'!r} ({type(module).__name__})"
         why = ""
-        if any(b.label in ("q_rank", "latent") for b in blocks):
+        latent = {id(b.parameter) for b in blocks if b.label in ("q_rank", "latent")}
+        if latent and self.granularity == "head":
+            # What all heads share, on the way down to few dimensions, belongs to none of them.
+            queries = [b for b in queries if id(b.parameter) not in latent]
+            keys = [b for b in keys if id(b.parameter) not in latent]
+        elif latent:
             why = "by rows: they are made in two steps"
-        elif not queries or not (keys or shared):
+        if not why and (not queries or not (keys or shared)):
             why = "in it: it makes only one of them"
         if why:
             shapes = {b.path: tuple(b.parameter.shape) for b in blocks}
@@ -192,7 +197,8 @@ class QueryKeySelector(JoinableSelector):
                 'granularity="entry".'
             )
         width = _head_width(where, module, queries)
-        n_groups = (keys or shared)[0].n_features // width
+        # Keys that come from a latent have fewer rows than their queries, as many heads, though.
+        n_groups = (queries if latent else keys or shared)[0].n_features // width
         chosen = [*queries, *keys]
         values = [b for b in blocks if b.label == "v"]
         if self.granularity == "head":
@@ -213,8 +219,8 @@ class QueryKeySelector(JoinableSelector):
         parts: list[Representative] = []
         followers: list[Representative] = []
         for block in blocks:
-            # The width of a value head may be another than that of a query.
-            wide = block.n_features // n_groups if block.label == "v" else width
+            # A value, or a key from a latent, may have another width than a query.
+            wide = width if block.label in _QUERIES else block.n_features // n_groups
             part = self._as_units(where, block, n_groups, wide, names[id(block.parameter)])
             (followers if block.is_bias else parts).append(part)
         if not parts:
@@ -272,7 +278,7 @@ def attention_blocks(path: str, module: nn.Module, layouts: Mapping[str, Layouts
             fit its weight.
     """
     known = _layouts_of(module, layouts)
-    unknown = _unknown_fused(module) if known is None else ""
+    unknown = unknown_fused(module) if known is None else ""
     if unknown:
         shape = tuple(attrgetter(unknown)(module).shape)
         unknown = unknown.removesuffix(".weight")
@@ -331,8 +337,19 @@ def _has_weight(module: nn.Module | None) -> bool:
     return isinstance(weight, Tensor) and weight.ndim >= 2
 
 
-def _unknown_fused(module: nn.Module) -> str:
-    """The path of a weight in ``module`` that holds several projections in one, or nothing."""
+def unknown_fused(module: nn.Module) -> str:
+    """The weight of a module that holds several projections in one, going by its name.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The path of the weight in the module, empty if there is none.
+
+    Example:
+        >>> unknown_fused(nn.ModuleDict({"qkv": nn.Linear(2, 6)}))
+        'qkv.weight'
+    """
     is_attention = "attention" in type(module).__name__.lower()
     for name, child in module._modules.items():
         if _has_weight(child) and (
