@@ -47,6 +47,21 @@ def test_mask_equals_the_slow_twin(weights, ratio, scope, min_keep):
     assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
 
 
+@given(layers(), prune_ratios, min_keeps, st.data())
+def test_what_each_selector_found_is_ranked_by_itself(weights, ratio, min_keep, data):
+    groups = data.draw(st.lists(st.integers(0, 2), min_size=len(weights), max_size=len(weights)))
+    mask = compute_mask(weights, ratio, scope="selector", min_keep=min_keep, groups=groups)
+    parts = mask.kept.split([each.numel() for each in weights.values()])
+    n_tied = 0
+    for group in set(groups):
+        members = [w for w, each in zip(as_lists(weights), groups, strict=True) if each == group]
+        of_group = [p for p, each in zip(parts, groups, strict=True) if each == group]
+        expected = reference_mask(members, ratio, "global", min_keep)
+        assert torch.cat(of_group).tolist() == expected
+        n_tied += reference_ties(members, ratio, "global", min_keep)
+    assert mask.n_tied == n_tied
+
+
 @given(layers(), prune_ratios, scopes)
 @example({"bn": torch.ones(64)}, 0.5, "global")
 def test_exactly_the_promised_count_goes(weights, ratio, scope):

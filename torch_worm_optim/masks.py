@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SCOPES = ("global", "selector", "layer")
 # Keys of this many entries stay in the processor's cache while they are compared.
 _HOST_CHUNK = 1 << 16
 # On an accelerator each operator has a price of its own, so chunks only bound the memory.
@@ -41,8 +42,8 @@ class Mask(NamedTuple):
     Attributes:
         kept: Bool tensor of shape ``(n,)``; **True = kept**.
         n_tied: How many entries have the highest magnitude that was removed, if some entries of
-            that magnitude were kept, so that their order decided which; else 0. In ``"layer"``
-            scope the sum over representatives.
+            that magnitude were kept, so that their order decided which; else 0. The sum of these
+            where not all are ranked together.
     """
 
     kept: Tensor
@@ -79,6 +80,7 @@ def compute_mask(
     scope: str = "global",
     min_keep: int | float = 1,
     shards: Sequence[Sharding | None] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Mask:
     r"""Mask that removes exactly the ``round(prune_ratio * n)`` entries of lowest magnitude.
 
@@ -94,12 +96,14 @@ def compute_mask(
             tensors of any shapes, floating or complex dtypes and devices, ``n`` entries in all.
         prune_ratio: Share of entries to remove, in [0, 1).
         scope: ``"global"`` ranks all entries together, as EB Train does [1]; ``"layer"`` ranks each
-            representative alone and removes ``round(prune_ratio * size)`` of each.
+            representative alone, and ``"selector"`` those of each group; both remove
+            ``round(prune_ratio * size)`` of each.
         min_keep: How many entries of each representative always survive, 0 or more; or, in (0, 1),
             which share, ``round(min_keep * size)`` and at least one. Where that leaves fewer than
             are to be removed, all that are left are removed.
         shards: For each tensor how it is split over ranks, or None if this rank has all of it
             (default: None for all). With shards this is a collective call.
+        groups: For each tensor the number of its group, for ``"selector"`` (default: all of one).
 
     Returns:
         The :class:`Mask` of the entries given, **True = kept**, on the first tensor's device.
@@ -123,33 +127,46 @@ def compute_mask(
     """
     if not 0 <= prune_ratio < 1:
         raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
-    if scope not in ("global", "layer"):
-        raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` must be one of {SCOPES}, got {scope!r}.")
     layers = [
         _Layer(name, tensor.detach(), shard)
         for (name, tensor), shard in zip(
             entries.items(), shards or [None] * len(entries), strict=True
         )
     ]
-    n = sum(layer.numel for layer in layers)
-    if n == 0:
+    if sum(layer.numel for layer in layers) == 0:
         raise ValueError("There are no entries to rank: every representative is empty.")
-    quotas = [
-        min(max(1, round(min_keep * n)) if 0 < min_keep < 1 else int(min_keep), n)
-        for n in (layer.numel for layer in layers)
-    ]
-    if scope == "layer":
-        counts = [
-            min(round(prune_ratio * layer.numel), layer.numel - quota)
-            for layer, quota in zip(layers, quotas, strict=True)
-        ]
-        masks = [_remove_lowest([each], n) for each, n in zip(layers, counts, strict=True)]
-        kept = [mask.kept.to(layers[0].entries.device) for mask in masks]
-        return Mask(torch.cat(kept), sum(mask.n_tied for mask in masks))
+    together: dict[int, list[int]] = {}
+    for index in range(len(layers)):
+        of_selector = groups[index] if groups else 0
+        key = {"global": 0, "selector": of_selector, "layer": index}[scope]
+        together.setdefault(key, []).append(index)
+    kept: dict[int, Tensor] = {}
+    n_tied = 0
+    for indices in together.values():
+        members = [layers[index] for index in indices]
+        mask = _rank_together(members, prune_ratio, min_keep)
+        n_tied += mask.n_tied
+        parts = torch.split(mask.kept, [layer.entries.numel() for layer in members])
+        kept |= zip(indices, parts, strict=True)
+    if len(together) == 1:
+        return mask
+    device = layers[0].entries.device
+    return Mask(torch.cat([kept[index].to(device) for index in range(len(layers))]), n_tied)
+
+
+def _rank_together(layers: Sequence[_Layer], prune_ratio: float, min_keep: int | float) -> Mask:
+    """The mask of tensors that are ranked as one."""
+    n = sum(layer.numel for layer in layers)
     count = round(prune_ratio * n)
     mask = _remove_lowest(layers, count)
     # If every representative keeps as many anyway, its highest entries are among those kept, and to
     # set them aside first would change nothing.
+    quotas = [
+        min(max(1, round(min_keep * n)) if 0 < min_keep < 1 else int(min_keep), n)
+        for n in (layer.numel for layer in layers)
+    ]
     if all(n >= quota for n, quota in zip(_n_kept(layers, mask.kept), quotas, strict=True)):
         return mask
     del mask  # a byte an entry, which the next one needs

@@ -28,7 +28,7 @@ from torch_worm_optim.checkpoint import (
     without_record,
 )
 from torch_worm_optim.layout import Layout
-from torch_worm_optim.masks import compute_mask, sum_over_ranks
+from torch_worm_optim.masks import SCOPES, compute_mask, sum_over_ranks
 from torch_worm_optim.notices import warn_user
 from torch_worm_optim.pruning import checked_ticket
 from torch_worm_optim.search import MaskSample, Phase, StoppingRule, decide
@@ -113,7 +113,8 @@ class WormOptimizer(OptimizerWrapper):
             :meth:`sample` is called (default: 200). Thresholds and cadence belong together: the
             paper draws once an epoch.
         scope (str, optional): ``"global"`` ranks all entries together, ``"layer"`` each
-            representative alone (default: ``"global"``).
+            representative alone, and ``"selector"`` what each selector of a union ``a | b`` found,
+            such as heads among heads and rows among rows (default: ``"global"``).
         min_keep (int or float, optional): How many entries of each representative always survive,
             or, in (0, 1), which share of them; at least one then (default: 1).
         truncate (str, optional): ``"gradient"`` scales what the base optimizer sees, as the paper
@@ -194,7 +195,7 @@ class WormOptimizer(OptimizerWrapper):
             window=check_count("window", window, least=2),
             trigger=check_choice("trigger", trigger, ("distance", "always")),
         )
-        self._scope = check_choice("scope", scope, ("global", "layer"))
+        self._scope = check_choice("scope", scope, SCOPES)
         self._min_keep = check_count_or_share("min_keep", min_keep)
         check_choice("truncate", truncate, ("gradient", "update"))
         if sample_every is not None and not callable(sample_every):
@@ -389,6 +390,7 @@ class WormOptimizer(OptimizerWrapper):
             scope=self._scope,
             min_keep=self._min_keep,
             shards=shards,
+            groups=[each.group for each in self._layout.representatives],
         )
         self._fit_window()
         window, history = self._search.window, self._search.history

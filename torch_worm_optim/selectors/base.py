@@ -95,6 +95,7 @@ class Representative:
     part: tuple[slice, ...] = ()
     units: tuple[int, ...] = ()
     partners: tuple[Representative, ...] = ()
+    group: int = 0
 
     def entries(self, tensor: Tensor) -> Tensor:
         """The ranked entries of ``tensor``, as a view that shares its memory.
@@ -191,4 +192,14 @@ class JoinedSelector(JoinableSelector):
 
     def __call__(self, model: nn.Module) -> list[Representative]:
         """Both lists, one after the other."""
-        return [*self.first(model), *self.second(model)]
+        first, second = list(self.first(model)), list(self.second(model))
+        n_groups = 1 + max((getattr(each, "group", 0) for each in first), default=0)
+        return [
+            *first,
+            *(
+                replace(each, group=each.group + n_groups)
+                if isinstance(each, Representative)
+                else each  # `select` refuses it, and says why
+                for each in second
+            ),
+        ]
