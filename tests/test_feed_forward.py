@@ -23,7 +23,6 @@ ARCHITECTURES = [
     "phi3",  # gated, fused
     "modernbert",  # the same in the other order, without biases
     "albert",  # one block for all layers
-    "gpt_neox",  # attention and feed-forward side by side
 ]
 
 

@@ -26,6 +26,7 @@ _BY_NAMES: tuple[Layouts, ...] = (
         {gate: "gate", up: "up", down: "down"}
         for gate, up, down in (
             ("gate_proj", "up_proj", "down_proj"),
+            ("proj_up_gate", "proj_up", "proj_down"),
             ("wi_0", "wi_1", "wo"),
             ("w1", "w3", "w2"),
             ("w0", "w1", "w2"),
@@ -48,6 +49,7 @@ _BY_NAMES: tuple[Layouts, ...] = (
             ("intermediate.dense", "output.dense"),
             ("layout_intermediate.dense", "layout_output.dense"),  # LiLT has both
             ("intermediate.conv1d", "output.conv1d"),
+            ("dense.dense", "output.dense"),
             ("intermediate", "output"),
             ("intermediate_dense", "output_dense"),
             ("dense_h_to_4h", "dense_4h_to_h"),
@@ -115,7 +117,7 @@ _LIKE = re.compile(r"mlp|feed_?forward|ffn|ffwd", re.IGNORECASE)  # names of cla
 # Pairs of matrices that are no part of a residual stream, though their names may be alike; and what
 # makes weights of channels or positions, with all that is in it.
 _OTHERWISE = re.compile(
-    r"(Head|Classifier|Pooler|Router|Merger|Projector|Adapter|Embed(der|dings?)?)$"
+    r"Router|(Head|Classifier|Pooler|Merger|Projector|Adapter|Embed(der|dings?)?)$"
 )
 _WEIGHTS = re.compile(
     r"Attn$|RelPosMlp|^SE[A-Z]|Excite|ChannelAtt|GlobalContext|^(cpb|meta|pos\w*)_mlp$"
