@@ -49,6 +49,7 @@ def test_mask_equals_the_slow_twin(weights, ratio, scope, min_keep):
 
 @given(layers(), prune_ratios, min_keeps, st.data())
 def test_what_each_selector_found_is_ranked_by_itself(weights, ratio, min_keep, data):
+    """As if the others were not there; groups may be interleaved."""
     groups = data.draw(st.lists(st.integers(0, 2), min_size=len(weights), max_size=len(weights)))
     mask = compute_mask(weights, ratio, scope="selector", min_keep=min_keep, groups=groups)
     parts = mask.kept.split([each.numel() for each in weights.values()])

@@ -72,7 +72,7 @@ def test_every_public_thing_has_a_docstring_with_an_example():
         ("sample_every", 2.5, ValueError, r"whole number, got 2\.5"),
         ("window", "5", TypeError, "whole number, got '5' of type str"),
         ("min_keep", -1, ValueError, "at least 0, got -1"),
-        ("scope", "net", ValueError, "one of 'global', 'layer', got 'net'"),
+        ("scope", "net", ValueError, "one of 'global', 'selector', 'layer', got 'net'"),
         ("truncate", "grad", ValueError, "one of 'gradient', 'update', got 'grad'"),
         ("trigger", "never", ValueError, "one of 'distance', 'always', got 'never'"),
     ],

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_worm_optim.arguments import check_choice
+
 SCOPES = ("global", "selector", "layer")
 # Keys of this many entries stay in the processor's cache while they are compared.
 _HOST_CHUNK = 1 << 16
@@ -127,8 +129,7 @@ def compute_mask(
     """
     if not 0 <= prune_ratio < 1:
         raise ValueError(f"`prune_ratio` must be in [0, 1), got {prune_ratio}.")
-    if scope not in SCOPES:
-        raise ValueError(f"`scope` must be one of {SCOPES}, got {scope!r}.")
+    check_choice("scope", scope, SCOPES)
     layers = [
         _Layer(name, tensor.detach(), shard)
         for (name, tensor), shard in zip(
