@@ -2,14 +2,11 @@
 
 import json
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 
 out = Path(sys.argv[1])
-# Of a fused query/key/value matrix two thirds are ranked; the rest is True in the ticket.
-ranked = Fraction(sys.argv[2]) if len(sys.argv) > 2 else Fraction(1)
 results = json.loads((out / "results.json").read_text())
 tickets = torch.load(out / "ticket.pt", weights_only=True)
 ratio = float(results["arguments"]["prune_ratio"])
@@ -17,7 +14,9 @@ limit = int(results["arguments"]["max_epochs"])
 stopping_point = float(results["arguments"]["stopping_point"])
 
 for run, ticket in zip(results["runs"], tickets, strict=True):
-    n = int(ranked * sum(mask.numel() for mask in ticket.values()))
+    if run["found"] is None:
+        continue  # dense training, which the searches are compared with
+    n = sum(mask.numel() for mask in ticket.values())
     removed = sum(int((~mask).sum()) for mask in ticket.values())
     last_largest = run["distances"][-1][1]
     if not (run["found"] and run["search_epochs"] <= limit and last_largest < stopping_point):

@@ -1,13 +1,20 @@
 """Find the winning ticket of a transformer while it trains, with WORM and with EB Train.
 
-All searches start from the same weights and see the same batches. EB Train is here its stopping
+All networks start from the same weights and see the same batches. EB Train is here its stopping
 rule, on training that nothing is truncated in. Each network is trained until its ticket is found,
-pruned, and trained on; the table compares what that cost and what was left.
+pruned, shrunk where whole units went, and trained on; a dense one, in which nothing is searched,
+trains for as many steps. The table compares what that cost and what was gained.
 
     python examples/find_ticket_text.py          # Python's own documentation, nothing to download
-    python examples/find_ticket_text.py --task mrpc --data-dir GLUE --model DIR-or-hub-name
-    python examples/find_ticket_text.py --task rte --data-dir GLUE --model DIR \
+    python examples/find_ticket_text.py --select heads+ffn
+    python examples/find_ticket_text.py --task rte --data-dir GLUE --model DIR-or-hub-name \
         --truncate gradient update --seeds 3
+
+EarlyBERT's setting (Chen et al., ACL 2021, https://arxiv.org/abs/2101.00063), whole attention heads
+and feed-forward neurons, found early in the one run that trains them:
+
+    python examples/find_ticket_text.py --task mrpc --data-dir GLUE --model DIR-or-hub-name \
+        --select heads+ffn --scope selector --prune-ratio 0.4
 
 Without a task a small character-level language model learns the topics of Python's `help()`. The
 tasks fine-tune a classifier on GLUE's own files, `TASK/train.tsv` and `TASK/dev.tsv`, gzipped or
@@ -21,6 +28,7 @@ import argparse
 import gzip
 import itertools
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,9 +37,16 @@ from pathlib import Path
 import torch
 from report import Run, add_search_arguments, plot_losses, plot_trajectory, table, write
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from torch_worm_optim import QueryKeySelector, WormOptimizer
+from torch_worm_optim import FeedForwardSelector, QueryKeySelector, WormOptimizer
+
+# What is ranked. The zeros of whole heads and of feed-forward neurons can be cut out afterwards.
+ENTRIES = {"qk": QueryKeySelector(), "qkv": QueryKeySelector(value=True)}
+UNITS = {"heads": QueryKeySelector(value=True, granularity="head"), "ffn": FeedForwardSelector()}
+UNITS["heads+ffn"] = UNITS["heads"] | UNITS["ffn"]
+SELECTORS = ENTRIES | UNITS
 
 # GLUE's folders, columns and labels.
 TASKS = {
@@ -47,7 +62,7 @@ class Topics:
 
     score = "perplexity"
     form = ".3f"
-    context, width, n_layers = 64, 128, 2
+    context, width, n_heads, n_layers = 64, 128, 4, 2
 
     def __init__(self, args: argparse.Namespace) -> None:
         from pydoc_data.topics import topics
@@ -70,46 +85,83 @@ class Topics:
 
     def build(self, args: argparse.Namespace) -> nn.Module:
         """A decoder of 2 layers, 4 heads, 0.4 million parameters."""
-        return CharacterModel(self.n_characters, self.width, self.n_layers, self.context)
+        layers = [Layer(self.width, self.n_heads) for _ in range(self.n_layers)]
+        return CharacterModel(self.n_characters, self.width, self.context, layers)
+
+    def inputs(self, chosen: Tensor) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {"ids": self.train[chosen, :-1]}
 
     def loss(self, model: nn.Module, chosen: Tensor) -> Tensor:
         """Cross entropy of each next character."""
-        windows = self.train[chosen]
-        return nn.functional.cross_entropy(model(windows[:, :-1]).mT, windows[:, 1:])
+        return F.cross_entropy(model(**self.inputs(chosen)).mT, self.train[chosen, 1:])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
         """Perplexity per character of the test windows."""
         model.eval()
         losses = [
-            nn.functional.cross_entropy(model(w[:, :-1]).mT, w[:, 1:]).item() * len(w)
+            F.cross_entropy(model(w[:, :-1]).mT, w[:, 1:]).item() * len(w)
             for w in self.test.split(256)
         ]
         model.train()
         return math.exp(sum(losses) / len(self.test))
 
 
+class Attention(nn.Module):
+    """Attention to what came before, by as many heads as the weights have rows for."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.head_dim = width // n_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What each position gathers; -1, since a shrunk layer has fewer heads."""
+        n, length, _ = x.shape
+        q, k, v = (
+            project(x).view(n, length, -1, self.head_dim).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        gathered = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(gathered.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward block, each behind a norm and around a shortcut."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, n_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One layer on."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
 class CharacterModel(nn.Module):
     """A transformer that sees only what came before."""
 
-    def __init__(self, n_characters: int, width: int, n_layers: int, context: int) -> None:
+    def __init__(self, n_characters: int, width: int, context: int, layers: list[Layer]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_characters, width)
         self.positions = nn.Parameter(torch.randn(context, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(
-            layer, n_layers, nn.LayerNorm(width), enable_nested_tensor=False
-        )
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, n_characters)
-        causal = nn.Transformer.generate_square_subsequent_mask(context)
-        self.register_buffer("causal", causal, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Scores of the next character after each."""
         x = self.embedding(ids) + self.positions
-        return self.head(self.layers(x, mask=self.causal, is_causal=True))
+        return self.head(self.norm(self.layers(x)))
 
 
 class Glue:
@@ -165,11 +217,14 @@ class Glue:
     def _batch(self, sentences: list[list[int]]) -> dict[str, Tensor]:
         return self.tokenizer.pad({"input_ids": sentences}, return_tensors="pt").to(self.device)
 
+    def inputs(self, chosen: Tensor) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return self._batch([self.train[i] for i in chosen.tolist()])
+
     def loss(self, model: nn.Module, chosen: Tensor) -> Tensor:
         """Cross entropy of the labels."""
-        batch = self._batch([self.train[i] for i in chosen.tolist()])
         labels = self.train_labels[chosen.to(self.device)]
-        return nn.functional.cross_entropy(model(**batch).logits, labels)
+        return F.cross_entropy(model(**self.inputs(chosen)).logits, labels)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -195,28 +250,38 @@ def batches(n_examples: int, size: int, generator: torch.Generator) -> Iterator[
 
 def train(
     args, task, model, opt, stream: Iterator[Tensor], n_steps: int, losses: list, bar: tqdm
-) -> None:
-    """The loop that everybody writes; it ends early where the ticket is found."""
-    searching = not opt.converged
+) -> list[float]:
+    """The loop that everybody writes; it ends early at a ticket. Returns the steps' seconds."""
+    searching = not getattr(opt, "converged", True)
+    seconds = []
     for chosen in itertools.islice(stream, n_steps):
+        start = time.perf_counter()
         opt.zero_grad()
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             loss = task.loss(model, chosen)
         loss.backward()
         opt.step()
         losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
         bar.update()
         if searching and opt.converged:
             break
+    return seconds
+
+
+def begin(args, task, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
+    """A network, its optimizer and its batches; for a seed always the same."""
+    torch.manual_seed(seed)
+    model = task.build(args).to(args.device)
+    model.train()
+    adamw = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return model, adamw, batches(len(task), args.batch_size, torch.Generator().manual_seed(seed))
 
 
 def search(args, task, method: str, truncate: str, seed: int) -> tuple:
     """Train until the ticket is found; the network, its optimizer, and what is known so far."""
-    torch.manual_seed(seed)
-    model = task.build(args).to(args.device)
-    model.train()
+    model, adamw, stream = begin(args, task, seed)
     steps = len(task) // args.batch_size
-    adamw = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     with warnings.catch_warnings():
         # That Adam undoes a truncated gradient is what --truncate gradient is here to show.
         warnings.filterwarnings("ignore", "AdamW normalises gradients")
@@ -224,7 +289,7 @@ def search(args, task, method: str, truncate: str, seed: int) -> tuple:
         opt = WormOptimizer(
             adamw,
             model,
-            selector=QueryKeySelector(value=args.value, granularity=args.granularity),
+            selector=SELECTORS[args.select],
             prune_ratio=args.prune_ratio,
             stopping_point=args.stopping_point,
             margin=args.margin,
@@ -236,11 +301,10 @@ def search(args, task, method: str, truncate: str, seed: int) -> tuple:
             truncate=truncate,
             trigger=args.trigger,
         )
-    stream = batches(len(task), args.batch_size, torch.Generator().manual_seed(seed))
     losses: list[float] = []
     start = time.perf_counter()
     with tqdm(desc=f"seed {seed}, {method}: search", unit="step", disable=None) as bar:
-        train(args, task, model, opt, stream, args.max_epochs * steps, losses, bar)
+        seconds = train(args, task, model, opt, stream, args.max_epochs * steps, losses, bar)
     run = Run(
         method=method,
         seed=seed,
@@ -252,20 +316,77 @@ def search(args, task, method: str, truncate: str, seed: int) -> tuple:
         steps_per_epoch=steps,
         ticket=opt.final_mask if opt.converged else opt.candidate_mask or {},
         losses=losses,
+        sizes=sizes(model, seconds[-steps:]),
     )
     return model, opt, stream, run
 
 
-def retrain(args, task, model, opt, stream: Iterator[Tensor], run: Run) -> None:
-    """Prune, and train on."""
+def sizes(model: nn.Module, seconds: list[float]) -> dict[str, tuple[float, ...]]:
+    """Parameters, and the median of these steps' seconds."""
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "M parameters": (n_parameters / 1e6,),
+        "ms a step": (1e3 * statistics.median(seconds),),
+    }
+
+
+def retrain(args, task, model, opt, stream: Iterator[Tensor], run: Run, total: int) -> None:
+    """Prune, shrink, and train on until ``total`` steps are done."""
+    steps = run.steps_per_epoch
     opt.prune()
     run.scores["after pruning"] = task.evaluate(model)
+    if args.select in UNITS:
+        run.report = opt.shrink(**task.inputs(torch.arange(args.batch_size)))
+    goals = {
+        "1 epoch retrained": steps,
+        f"{args.retrain_epochs} epoch{'s' * (args.retrain_epochs > 1)} retrained": (
+            args.retrain_epochs * steps
+        ),
+        "at equal epochs": total - len(run.losses),
+    }
+    seconds: list[float] = []
     with tqdm(desc=f"seed {run.seed}, {run.method}: retrain", unit="step", disable=None) as bar:
-        for epoch in range(1, args.retrain_epochs + 1):
-            train(args, task, model, opt, stream, run.steps_per_epoch, run.losses, bar)
-            if epoch in (1, args.retrain_epochs):
-                key = f"after {epoch} epoch{'s' * (epoch > 1)} more"
-                run.scores[key] = task.evaluate(model)
+        for what, n_steps in goals.items():
+            left = n_steps - len(seconds)
+            seconds += train(args, task, model, opt, stream, left, run.losses, bar)
+            run.scores[what] = task.evaluate(model)
+    if args.select in UNITS:
+        after = sizes(model, seconds[-steps:])
+        run.sizes = {name: (*before, *after[name]) for name, before in run.sizes.items()}
+
+
+def train_dense(args, task, seed: int, total: int) -> Run:
+    """The same training, in which nothing is searched."""
+    model, adamw, stream = begin(args, task, seed)
+    steps = len(task) // args.batch_size
+    losses: list[float] = []
+    with tqdm(desc=f"seed {seed}, dense", unit="step", disable=None) as bar:
+        seconds = train(args, task, model, adamw, stream, total, losses, bar)
+    return Run(
+        "dense",
+        seed,
+        scores={"at equal epochs": task.evaluate(model)},
+        steps_per_epoch=steps,
+        losses=losses,
+        sizes=sizes(model, seconds[-steps:]),
+    )
+
+
+def compare(args, task, methods: dict[str, str], seed: int) -> list[Run]:
+    """All searches of one seed, and dense training, to the same number of steps."""
+    searched = [search(args, task, *method, seed) for method in methods.items()]
+    found = [run for *_, run in searched if run.found]
+    # The method that stops first has trained less: it may train on until all have had as much.
+    steps = len(task) // args.batch_size
+    total = max((len(run.losses) for run in found), default=0) + args.retrain_epochs * steps
+    for *network, run in searched:
+        if run.found:
+            retrain(args, task, *network, run, total)
+    runs = [train_dense(args, task, seed, total), *(run for *_, run in searched)]
+    for run in runs:
+        scores = ", ".join(f"{what} {value:{task.form}}" for what, value in run.scores.items())
+        print(f"seed {seed}, {run.method}: {scores}", flush=True)
+    return runs
 
 
 def parse() -> argparse.Namespace:
@@ -277,8 +398,13 @@ def parse() -> argparse.Namespace:
     add("--task", choices=["topics", *TASKS], default="topics", help="what to train on")
     add("--data-dir", type=Path, help="the folder that holds GLUE's folders")
     add("--model", help="for GLUE: directory or hub name of a BERT-shaped model")
-    add("--value", action="store_true", help="select value weights too, the paper's Table 4")
-    add("--granularity", choices=["entry", "head", "dim"], default="entry", help="what is ranked")
+    add(
+        "--select",
+        choices=SELECTORS,
+        default="qk",
+        help="what is ranked: entries of query and key weights, the paper's; of value weights too, "
+        "its Table 4; or whole heads, feed-forward neurons, or both, which are cut out",
+    )
     add(
         "--truncate",
         nargs="+",
@@ -296,8 +422,8 @@ def parse() -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
     add("--batch-size", type=int, default=32, help="examples in a batch")
     add("--max-epochs", type=int, default=20, help="give up the search after so many")
-    add("--retrain-epochs", type=int, default=1, help="epochs after pruning")
-    add_search_arguments(parser, window=3, stopping_point=None, margin=None)
+    add("--retrain-epochs", type=int, default=1, help="epochs after pruning, at least")
+    add_search_arguments(parser, window=3, stopping_point=None, margin=None, scope=None)
     args = parser.parse_args()
     # The paper's thresholds are for a pretrained network; a fresh one moves five times as far.
     fresh = args.task == "topics"
@@ -307,6 +433,10 @@ def parse() -> argparse.Namespace:
         args.margin = args.stopping_point / 2
     if fresh and args.sample_every is None:
         args.sample_every = 100
+    if args.scope is None:
+        # Scores of heads are means of many entries and differ less than those of neurons: ranked
+        # together, no head may go at all.
+        args.scope = "selector" if args.select == "heads+ffn" else "global"
     args.lr = args.lr or (1e-3 if args.task == "topics" else 5e-5)
     args.device = torch.device(args.device)
     return args
@@ -321,20 +451,14 @@ def main() -> None:
     methods = {"EB Train": "update"}
     for truncate in args.truncate:
         methods["WORM" if len(args.truncate) == 1 else f"WORM, {truncate}"] = truncate
-    runs = []
-    for seed, (method, truncate) in itertools.product(range(args.seeds), methods.items()):
-        model, opt, stream, run = search(args, task, method, truncate, seed)
-        if run.found:
-            retrain(args, task, model, opt, stream, run)
-        runs.append(run)
-        scores = ", ".join(f"{key} {value:{task.form}}" for key, value in run.scores.items())
-        state = "ticket" if run.found else "no ticket"
-        print(f"seed {seed}, {method}: {state} after {run.search_epochs:.1f} epochs; {scores}")
+    runs = [run for seed in range(args.seeds) for run in compare(args, task, methods, seed)]
+    first = next((run for run in runs if run.report), None)
+    if first:
+        print(f"\nShrunk, {first.method} with seed {first.seed}:\n{first.report}")
 
     title = (
-        f"{args.task}, {args.granularity} {'query/key/value' if args.value else 'query/key'}, "
-        f"p = {args.prune_ratio:g}, window {args.window}, r = {args.truncation:g} "
-        f"({' and '.join(args.truncate)})"
+        f"{args.task}, {args.select}, p = {args.prune_ratio:g}, window {args.window}, "
+        f"r = {args.truncation:g} ({' and '.join(args.truncate)})"
     )
     args.out.mkdir(parents=True, exist_ok=True)
     plot_trajectory(runs, args, title, args.out / "trajectory.png")

@@ -13,31 +13,31 @@ import matplotlib as mpl
 import torch
 from torch import Tensor
 
-from torch_worm_optim import MaskSample, Phase
+from torch_worm_optim import MaskSample, Phase, ShrinkReport
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 COLORS = ("tab:orange", "tab:blue", "tab:green")
 
 
 @dataclass
 class Run:
-    """What one search of one seed came to."""
+    """What the training of one seed by one method came to."""
 
     method: str
     seed: int
-    found: bool
-    search_epochs: float
-    search_seconds: float
     scores: dict[str, float]  # accuracy in % or perplexity, by when it was measured
-    history: list[MaskSample]
     steps_per_epoch: int
-    ticket: dict[str, Tensor]
+    found: bool | None = None  # None where nothing is searched
+    search_epochs: float = 0
+    search_seconds: float = 0
+    history: list[MaskSample] = field(default_factory=list)
+    ticket: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)  # of every training step, retraining included
-    sizes: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # before and after shrinking
+    sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)  # before and after shrinking
+    report: ShrinkReport | None = None
 
 
 def add_search_arguments(
@@ -46,6 +46,7 @@ def add_search_arguments(
     window: int,
     stopping_point: float | None,
     margin: float | None,
+    scope: str | None = "global",
 ) -> None:
     """The arguments of WormOptimizer, with these defaults; None where the data decides."""
     add = parser.add_argument
@@ -60,7 +61,12 @@ def add_search_arguments(
     add("--window", type=int, default=window, help="l: masks compared, the newest counted")
     add("--truncation", type=float, default=3e-3, help="r: what is left of a gradient")
     add("--sample-every", type=int, help="steps between masks (default: an epoch)")
-    add("--scope", choices=["global", "layer"], default="global", help="what is ranked together")
+    add(
+        "--scope",
+        choices=["global", "layer", "selector"],
+        default=scope,
+        help="what is ranked together: everything, each layer, or what each joined selector names",
+    )
     add(
         "--min-keep",
         type=lambda text: float(text) if "." in text else int(text),
@@ -80,21 +86,29 @@ def table(runs: list[Run], score: str, form: str = ".2f") -> str:
         return format(statistics.mean(values), form) + spread
 
     methods = list(dict.fromkeys(run.method for run in runs))
-    by_method = [[run for run in runs if run.method == method and run.found] for method in methods]
+    by_method = [
+        [run for run in runs if run.method == method and run.found is not False]
+        for method in methods
+    ]
     rows = [["", *methods]]
     for name, value, shape in (
         ("masks to the ticket", lambda run: len(run.history), ".1f"),
         ("epochs to the ticket", lambda run: run.search_epochs, ".1f"),
         ("seconds to the ticket", lambda run: run.search_seconds, ".1f"),
     ):
-        rows.append([name, *[cell([value(run) for run in found], shape) for found in by_method]])
+        values = [[value(run) for run in each if run.found] for each in by_method]
+        rows.append([name, *[cell(each, shape) for each in values]])
     for key in max((run.scores for run in runs), key=len):
-        values = [[run.scores[key] for run in found if key in run.scores] for found in by_method]
+        values = [[run.scores[key] for run in each if key in run.scores] for each in by_method]
         rows.append([f"{score} {key}", *[cell(each, form) for each in values]])
-    for key in runs[0].sizes:
+    for key in dict.fromkeys(key for run in runs for key in run.sizes):
         for when, label in enumerate(("before shrinking", "after shrinking")):
-            values = [[run.sizes[key][when] for run in found] for found in by_method]
-            rows.append([f"{key} {label}", *[cell(each, form) for each in values]])
+            values = [
+                [run.sizes[key][when] for run in each if when < len(run.sizes.get(key, ()))]
+                for each in by_method
+            ]
+            if any(values):
+                rows.append([f"{key} {label}", *[cell(each, ".2f") for each in values]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -104,6 +118,8 @@ def plot_trajectory(runs: list[Run], args: argparse.Namespace, title: str, path:
     """Largest and mean distance over training, the paper's Figure 1 for all methods."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for run, color, look in _drawn(runs):
+        if run.found is None:
+            continue
         label = run.method if look["alpha"] == 1 else None
         samples = [s for s in run.history if s.max_distance is not None]
         epochs = [s.step / run.steps_per_epoch for s in samples]
@@ -163,13 +179,14 @@ def plot_losses(runs: list[Run], title: str, path: Path) -> None:
 
 
 def _drawn(runs: list[Run]) -> list[tuple[Run, str, dict[str, float]]]:
-    """Each run with its method's colour; the first seed stands out."""
+    """Each run with its method's colour; the first seed stands out, and no line hides another."""
     methods = list(dict.fromkeys(run.method for run in runs))
+    colors = dict(zip((m for m in methods if m != "dense"), COLORS, strict=False))
     return [
         (
             run,
-            COLORS[methods.index(run.method) % len(COLORS)],
-            {"linewidth": 2, "alpha": 1}
+            colors.get(run.method, "0.6"),
+            {"linewidth": 1.5 * (len(methods) - methods.index(run.method)), "alpha": 1}
             if run.seed == runs[0].seed
             else {"linewidth": 0.8, "alpha": 0.4},
         )
@@ -180,6 +197,8 @@ def _drawn(runs: list[Run]) -> list[tuple[Run, str, dict[str, float]]]:
 def _finish(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_xlim()[1] > 2:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -193,7 +212,7 @@ def write(runs: list[Run], args: argparse.Namespace, text: str) -> None:
             {
                 name: value
                 for name, value in asdict(run).items()
-                if name not in ("history", "ticket")
+                if name not in ("history", "ticket", "report")
             }
             | {"distances": [[s.step, s.max_distance, s.mean_distance] for s in run.history]}
             for run in runs
@@ -201,7 +220,7 @@ def write(runs: list[Run], args: argparse.Namespace, text: str) -> None:
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{text}\n\nPictures are in {args.out}/.")
-    lost = [f"{run.method}, seed {run.seed}" for run in runs if not run.found]
+    lost = [f"{run.method}, seed {run.seed}" for run in runs if run.found is False]
     if lost:
         print(
             f"\nNo ticket within {args.max_epochs} epochs: {'; '.join(lost)}. Raise --max-epochs "
