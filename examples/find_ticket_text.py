@@ -333,6 +333,7 @@ def sizes(model: nn.Module, seconds: list[float]) -> dict[str, tuple[float, ...]
 def retrain(args, task, model, opt, stream: Iterator[Tensor], run: Run, total: int) -> None:
     """Prune, shrink, and train on until ``total`` steps are done."""
     steps = run.steps_per_epoch
+    torch.manual_seed(run.seed)  # the same dropout for all methods
     opt.prune()
     run.scores["after pruning"] = task.evaluate(model)
     if args.select in UNITS:
