@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import math
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,6 +236,7 @@ def shrink_(
                 break
             except Exception as error:  # whatever a forward may raise
                 cut.undo()
+                traceback.clear_frames(error.__traceback__)  # which hold all that was computed
                 problems.append(error)
         else:
             again, _ = run()
