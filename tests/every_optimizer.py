@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import inspect
 import io
+import textwrap
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -323,41 +325,46 @@ def judge(name: str) -> Verdict:
 # ---- the page
 
 
-HEAD = """\
+# What the page calls each part of a verdict.
+WAYS = {
+    "plain": "with `truncation=1`",
+    "gradient": 'with `truncate="gradient"`',
+    "update": 'with `truncate="update"`',
+    "closure": "with `step(closure)`",
+    "resumes": "when stopped and resumed",
+}
+
+PAGE = """\
 % Written by: python tests/every_optimizer.py > docs/optimizers.md
 
 # Optimizers
 
-Any `torch.optim.Optimizer` can be wrapped. These were, all that torch.optim exports and all that
-`timm.optim.list_optimizers()` names, with torch {torch} and timm {timm}: each trained a small
-network through all phases, from the first mask to pruned.
+{all_but}
 
-| optimizer | class | r = 1 | gradient | update | closure | resumes | warned |
-|---|---|---|---|---|---|---|---|
-"""
+Each trained a small network through all phases, from the first mask to pruned.
 
-FOOT = """
-r = 1
-: With `truncation=1`, weights and state are bit for bit those of the plain optimizer, with both
-  values of `truncate`.
+`truncation=1`
+: Weights and state are bit for bit those of the plain optimizer, with both values of `truncate`.
 
-gradient, update
-: With `truncate="gradient"`, or `"update"`, and `truncation=0`: while truncating, the gradients of
-  removed entries are 0, or these entries keep their bits; fading, they go to zero in two equal
-  steps; once pruned, they stay zero.
+`truncate="gradient"`, `truncate="update"`
+: With `truncation=0`: while truncating, the gradients of removed entries are 0, or these entries
+  keep their bits; fading, they go to zero in two equal steps; once pruned, they stay zero.
 
-closure
-: `step(closure)` does bit for bit what a backward and `step()` do. LBFGS always needs its closure.
+`step(closure)`
+: It does bit for bit what a backward and `step()` do. LBFGS always needs its closure.
 
-resumes
+Stopped and resumed
 : Saved in each phase, read with `torch.load(weights_only=True)` and loaded, the run keeps its bits.
 
-warned
-: With `truncate="gradient"` you are told that this optimizer normalises gradients, see
-  [caveats](caveats.md#adam-and-its-kin).
+Those of torch that take `foreach=True` or `fused=True` were tried with them, too.
 
-Optimizers of torch that take `foreach=True` or `fused=True` were tried with them, too, and have a
-row for it only where that went otherwise.
+## Which of them normalise
+
+Optimizers that divide a gradient by its own size undo a truncated one, and with
+`truncate="gradient"` the wrapper [warns](caveats.md#adam-and-its-kin). It does so for all of them
+but these:
+
+{quiet}
 
 ## What some of them ask for
 
@@ -380,37 +387,59 @@ run draws others, wrapped or not.
 With those of timm that step by the sign of the gradient, such as Lion, scales that start equal stay
 equal for long, and [tie for the mask](caveats.md#freshly-made-batchnorm-scales-are-all-1).
 
-Optimizers that take several steps in one, such as SAM, and those that step during backward were not
-tried.
-
 ## Not tried
 
-| optimizer | why |
-|---|---|
-"""
+Optimizers that take several steps in one, such as SAM, and those that step during backward.
+{missing}"""
 
 
 def page() -> str:
     """The page that says what came of every optimizer."""
     import timm
 
-    rows, missing = [], []
+    tried, quiet, exceptions = [], [], []
+    missing: dict[str, list[str]] = {}
     for name in torch_names() + timm_names():
         try:
             verdict = judge(name)
         except UnavailableError as reason:
-            missing.append(f"| `{name}` | {reason} |")
+            missing.setdefault(str(reason).partition(":")[0], []).append(name)
             continue
-        if " " in name and all(verdict):
-            continue  # one sentence on the page says it for all of them
-        marks = ["yes" if mark else "no" for mark in verdict]
-        if not verdict.resumes and not plain_resumes(name):
-            marks[-1] = "no, nor does the plain one"
-        optimizer = optimizer_for(name, model_for(name))
-        warned = "yes" if is_normalising(optimizer) else ""
-        rows.append(f"| `{name}` | {type(optimizer).__name__} | {' | '.join(marks)} | {warned} |")
-    text = HEAD.format(torch=torch.__version__.split("+")[0], timm=timm.__version__)
-    return text + "\n".join(rows) + "\n" + FOOT + "".join(f"{each}\n" for each in missing)
+        failed = [WAYS[what] for what, passed in verdict._asdict().items() if not passed]
+        if failed:
+            plain = "" if verdict.resumes or plain_resumes(name) else ", nor without the wrapper"
+            exceptions.append(f"`{name}` (not {', '.join(failed)}{plain})")
+        if " " in name:  # a way to run one that is counted already
+            continue
+        tried.append(name)
+        if not is_normalising(optimizer_for(name, model_for(name))):
+            quiet.append(name)
+    n_torch = sum(name.startswith("torch.") for name in tried)
+    all_but = (
+        "Any `torch.optim.Optimizer` can be wrapped. "
+        f"All {n_torch} that torch.optim exports and all {len(tried) - n_torch} that "
+        "`timm.optim.list_optimizers()` names and a CPU can run do what is listed here, with torch "
+        f"{torch.__version__.split('+')[0]} and timm {timm.__version__}"
+        f"{', except ' if exceptions else ''}{', '.join(exceptions)}."
+    )
+    return PAGE.format(
+        all_but=_filled(all_but),
+        quiet=_filled(f"{_listed(quiet)}."),
+        missing="".join(
+            "\n" + _filled(f"{why[0].upper()}{why[1:]}: {_listed(which)}.") + "\n"
+            for why, which in missing.items()
+        ),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in one line."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _filled(paragraph: str) -> str:
+    """A paragraph in lines of the width of a page."""
+    return textwrap.fill(paragraph, 100, break_on_hyphens=False, break_long_words=False)
 
 
 if __name__ == "__main__":
