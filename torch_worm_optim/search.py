@@ -55,7 +55,7 @@ class StoppingRule:
     .. math::
 
         \text{converged if } \max_j d_j < s, \qquad
-        \text{else truncating if } \tfrac{1}{l-1}\textstyle\sum_j d_j < s + \delta
+        \text{else truncating if } \tfrac{1}{l-1} \sum_j d_j < s + \delta
 
     Both comparisons are strict, nothing is decided before the window is full, and no phase is left
     for an earlier one.
