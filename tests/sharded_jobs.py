@@ -170,6 +170,7 @@ def outcome(net: nn.Module, opt: WormOptimizer) -> dict[str, Any]:
         "masks": {name: whole(mask) for name, mask in masks.items()},
         "history": [(*s[:4], s.phase.value) for s in opt.history],
         "phase": opt.phase.value,
+        "summary": opt.summary(),
     }
 
 

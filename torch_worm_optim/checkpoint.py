@@ -23,6 +23,7 @@ from torch import Tensor
 from torch_worm_optim.layout import Layout
 from torch_worm_optim.search import MaskSample, Phase
 from torch_worm_optim.selectors import canonical_name
+from torch_worm_optim.summary import KeptCount
 from torch_worm_optim.ticket import HeldTicket
 from torch_worm_optim.window import Window
 
@@ -111,6 +112,8 @@ def _packed(ticket: HeldTicket) -> str:
     """
     file = io.BytesIO()
     parts = {key: value for key, value in vars(ticket).items() if key != "identity"}
+    # A string, since torch.load(weights_only=True) refuses named tuples.
+    parts["counts"] = json.dumps(ticket.counts)
     torch.save(parts, file)
     return base64.b64encode(file.getvalue()).decode()
 
@@ -127,6 +130,8 @@ def _unpacked(packed: str, identity: dict[str, Any], layout: Layout) -> HeldTick
             name, parameter = own.get(canonical_name(saved_name), (saved_name, mask))
             masks[name] = mask.to(parameter.device)
         parts[key] = masks
+    # Records from before there was a summary lack them.
+    parts["counts"] = [KeptCount(*each) for each in json.loads(parts.get("counts", "[]"))]
     return HeldTicket(**parts, identity=identity)
 
 

@@ -41,6 +41,7 @@ from torch_worm_optim.selectors import (
 )
 from torch_worm_optim.sharding import reshard_
 from torch_worm_optim.shrinking import ShrinkReport, shrink_
+from torch_worm_optim.summary import KeptCount, kept_counts, summary_text
 from torch_worm_optim.ticket import HeldTicket
 from torch_worm_optim.truncation import (
     Entries,
@@ -408,7 +409,7 @@ class WormOptimizer(OptimizerWrapper):
             phase, f" (max distance {sample.max_distance}, mean distance {sample.mean_distance})"
         )
         if sample.phase.converged:
-            self._warn_of_narrow_layers(mask.kept)
+            self._warn_of_narrow_layers()
         if mask.n_tied > _MANY_TIES * n_entries:
             self._warn_once(
                 "ties",
@@ -577,7 +578,7 @@ class WormOptimizer(OptimizerWrapper):
         final_mask, ticket = self.final_mask, self.ticket
         if final_mask is None or ticket is None:
             raise RuntimeError("The search is pruned and has no ticket. Load a whole checkpoint.")
-        identity = self._masks_identity()
+        identity, counts = self._masks_identity(), self._kept_counts()
         report = shrink_(
             self._layout.model,
             args,
@@ -586,7 +587,9 @@ class WormOptimizer(OptimizerWrapper):
             scatter=scatter,
             multiple_of=multiple_of,
         )
-        held = self._search.ticket or HeldTicket(final_mask, ticket, identity=identity)
+        held = self._search.ticket or HeldTicket(
+            final_mask, ticket, identity=identity, counts=counts
+        )
         self._search.ticket = held.shrunk(report)
         self._layout.shapes_changed()
         self._clear_strategies()
@@ -654,6 +657,57 @@ class WormOptimizer(OptimizerWrapper):
             return {name: mask.clone() for name, mask in self._search.ticket.ticket.items()}
         self._fit_window()
         return self._layout.parameter_masks(self._search.window.newest(), followers=True)
+
+    @_untraced
+    def summary(self) -> str:
+        """How much of each representative is kept, as a table to print.
+
+        What is counted is the ticket, or before that the newest mask. Where representatives have
+        units, such as heads or rows, these are counted, and the header says so. Of a ticket that
+        was given each parameter has a row. Shrinking the network changes no number.
+
+        Returns:
+            A row for each representative with its parameter's name, how many entries it has, and
+            how many and which share of them are kept; a row for all; and a line with the phase and
+            the number of masks drawn. It is equal on all ranks. With sharded parameters this is a
+            collective call, once a mask is drawn: all ranks have to make it.
+
+        Raises:
+            RuntimeError: If a representative parameter has another shape than when the search
+                began, or is sharded in another way than when the last mask was drawn.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+            >>> _ = model[1].weight.data.copy_(torch.tensor([1.0, 4.0, 2.0, 3.0]))
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> opt = WormOptimizer(sgd, model, sample_every=None)
+            >>> print(opt.summary())
+            name      entries  kept  share
+            1.weight        4     -      -
+            total           4     -      -
+            phase: searching, no mask drawn yet
+            >>> _ = opt.sample()
+            >>> print(opt.summary())
+            name      entries  kept   share
+            1.weight        4     2  50.0 %
+            total           4     2  50.0 %
+            phase: searching, 1 mask drawn, the newest counted
+        """
+        return summary_text(self._kept_counts(), self.phase, len(self._search.history))
+
+    def _kept_counts(self) -> list[KeptCount]:
+        """What the ticket or else the newest mask keeps; if sharded, a collective call."""
+        if self._search.ticket is not None:
+            return self._search.ticket.kept_counts()
+        representatives, numels = self._layout.representatives, self._layout.numels()
+        if not self._search.history:
+            return kept_counts(representatives, numels, [None] * len(numels))
+        self._fit_window()
+        # One row for each, so that ranks add them up one by one.
+        kept = [int(mask.sum()) for mask in self._search.window.newest()]
+        counts = torch.tensor(kept, device="cpu").diag()
+        totals = sum_over_ranks(counts, self._layout.shards()).tolist()
+        return kept_counts(representatives, numels, totals)
 
     def __repr__(self) -> str:
         """The phase, the last distances and the base optimizer."""
@@ -747,19 +801,13 @@ class WormOptimizer(OptimizerWrapper):
         super().add_param_group(param_group)
         self._reserve_record()
 
-    def _warn_of_narrow_layers(self, kept: Tensor) -> None:
+    def _warn_of_narrow_layers(self) -> None:
         """Warn of representatives of which the ticket leaves next to nothing."""
-        # One row for each, so that ranks add them up one by one.
-        parts = torch.split(kept, self._search.window.numels)
-        counts = torch.tensor([int(each.sum()) for each in parts], device="cpu")
-        totals = sum_over_ranks(counts.diag(), self._layout.shards()).tolist()
         least = min(_NARROW, (1 - self._prune_ratio) / 2)
         narrow = [
-            f"{each.name!r} ({n_kept} of {n})"
-            for each, n_kept, n in zip(
-                self._layout.representatives, totals, self._layout.numels(), strict=True
-            )
-            if n_kept < least * n
+            f"{each.name!r} ({each.kept} of {each.numel})"
+            for each in self._kept_counts()
+            if each.kept is not None and each.kept < least * each.numel
         ]
         if narrow:
             self._warn_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch_worm_optim.layout import Layout
 from torch_worm_optim.selectors import canonical_name
 from torch_worm_optim.sharding import is_dtensor, local_part_of, local_tensor
 from torch_worm_optim.shrinking import Kept, ShrinkReport, composed, cut_tensor
+from torch_worm_optim.summary import KeptCount, kept_counts_of
 from torch_worm_optim.truncation import Entries
 
 
@@ -30,6 +31,7 @@ class HeldTicket:
         groups: For each grouped convolution's weight how many groups it has.
         is_shrunk: Whether the network was shrunk.
         identity: What the masks of the dense network depended on.
+        counts: What it keeps of each representative of the search; empty if it was given.
     """
 
     final_mask: dict[str, Tensor]
@@ -38,6 +40,7 @@ class HeldTicket:
     groups: dict[str, int] = field(default_factory=dict)
     is_shrunk: bool = False
     identity: dict[str, Any] = field(default_factory=dict)
+    counts: list[KeptCount] = field(default_factory=list)
 
     @classmethod
     def given(cls, ticket: Mapping[str, Tensor]) -> HeldTicket:
@@ -54,7 +57,11 @@ class HeldTicket:
         for name, indices in report.kept.items():
             kept[canonical_name(name)] = composed(kept.get(canonical_name(name)), indices)
         groups = {canonical_name(name): n for name, n in report.groups.items()}
-        return HeldTicket(self.final_mask, self.ticket, kept, groups, True, self.identity)
+        return replace(self, kept=kept, groups=groups, is_shrunk=True)
+
+    def kept_counts(self) -> list[KeptCount]:
+        """How much it keeps of each representative, or of each parameter if it was given."""
+        return self.counts or kept_counts_of(self.final_mask)
 
     def mask(self, name: str) -> Tensor:
         """The ticket's mask of a parameter in the shape that it has now."""
