@@ -490,6 +490,11 @@ def _reduction(book: Book, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     return True
 
 
+def _vector_norm(book: Book, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """A norm over some dimensions, of a tensor and an order."""
+    return len(args) > 2 and _reduction(book, func, (args[0], *args[2:]), kwargs, out)
+
+
 def _split(book: Book, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """A tensor cut into parts along a dimension."""
     x = args[0]
@@ -622,6 +627,7 @@ _RULES: dict[Any, Rule] = {
     _aten.index: _index,
     _aten.index_select: _index_select,
     _aten.gather: _gather,
+    _aten.linalg_vector_norm: _vector_norm,
     _aten.view_as_complex: _view_as_complex,
     _aten.view_as_real: _view_as_real,
     _aten.cat: _cat,

@@ -312,6 +312,7 @@ class _Cut:
             cut_heads=cut_heads,
             multiple_of=multiple_of,
         )
+        _forget(self.model)
         trace = trace_with()
         self._cut(trace.kept)
         self.left = trace.left
@@ -609,6 +610,12 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
                     named[name].copy_(buffer)
 
 
+def _forget(model: nn.Module) -> None:
+    """Have modules forget what they keep in evaluation, as LeViT's do their biases of positions."""
+    model.train()
+    model.eval()
+
+
 class _MultiplicationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts multiplications and additions, without the module hooks of ``FlopCounterMode``.
 
@@ -634,6 +641,7 @@ def _outputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Tensor], int]:
     """The tensors that a model returns, and how many multiplications that takes."""
+    _forget(model)
     counter = _MultiplicationCounter()
     with torch.no_grad(), torch.random.fork_rng(), counter:
         torch.manual_seed(0)

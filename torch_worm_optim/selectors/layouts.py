@@ -168,6 +168,7 @@ BY_CLASS: dict[str, Layouts] = {
     "transformers.DisentangledSelfAttention": {
         "in_proj": "num_attention_heads * (q k v)",
         "q_bias": "q",
+        "v_bias": "v",
         "query_proj": "q",
         "key_proj": "k",
         "value_proj": "v",
@@ -214,6 +215,7 @@ BY_CLASS: dict[str, Layouts] = {
     "transformers.LayoutLMv2SelfAttention": {
         "qkv_linear": "q k v",
         "q_bias": "q",
+        "v_bias": "v",
         **_separate("query", "key", "value"),
     },
     "transformers.LevitAttention": {
@@ -274,7 +276,7 @@ BY_CLASS: dict[str, Layouts] = {
     "timm.attention_pool.AttentionPoolLatent": _Q_KV,
     "timm.attention_pool2d.AttentionPool2d": {**_QKV, **_separate("q", "k", "v")},
     "timm.attention_pool2d.RotAttentionPool2d": {**_QKV, **_separate("q", "k", "v")},
-    "timm.beit.Attention": {**_QKV, "q_bias": "q"},
+    "timm.beit.Attention": {**_QKV, "q_bias": "q", "v_bias": "v"},
     "timm.bottleneck_attn.BottleneckAttn": {"qkv": "q=dim_out_qk k=dim_out_qk v=dim_out_v"},
     "timm.cait.TalkingHeadAttn": _QKV,
     "timm.coat.FactorAttnConvRelPosEnc": _QKV,
@@ -293,7 +295,12 @@ BY_CLASS: dict[str, Layouts] = {
     "timm.efficientformer_v2.Attention2dDownsample": _separate("q.proj.conv", "k.conv", "v.conv"),
     "timm.efficientvit_mit.LiteMLA": {"qkv.conv": "_ * (q=dim k=dim v=dim)"},
     "timm.efficientvit_msra.CascadedGroupAttention": {"qkvs.*.conv": "q=key_dim k=key_dim v"},
-    "timm.eva.EvaAttention": {**_QKV, **_separate("q_proj", "k_proj", "v_proj"), "q_bias": "q"},
+    "timm.eva.EvaAttention": {
+        **_QKV,
+        **_separate("q_proj", "k_proj", "v_proj"),
+        "q_bias": "q",
+        "v_bias": "v",
+    },
     "timm.fastvit.Attention": _QKV,
     "timm.gcvit.WindowAttentionGlobal": {
         "qkv": lambda module: "k v" if module.use_global else "q k v"
@@ -321,7 +328,7 @@ BY_CLASS: dict[str, Layouts] = {
     "timm.shvit.SHSA": {"qkv.c": "q=qk_dim k=qk_dim v=pdim"},
     "timm.swiftformer.EfficientAdditiveAttention": {"to_query": "q", "to_key": "k"},
     "timm.swin_transformer.WindowAttention": _QKV,
-    "timm.swin_transformer_v2.WindowAttention": {**_QKV, "q_bias": "q"},
+    "timm.swin_transformer_v2.WindowAttention": {**_QKV, "q_bias": "q", "v_bias": "v"},
     "timm.swin_transformer_v2_cr.WindowMultiHeadAttention": _QKV,
     "timm.tiny_vit.Attention": {"qkv": "num_heads * (q=key_dim k=key_dim v=val_dim)"},
     "timm.tnt.Attention": {"qk": "q k", "v": "v"},
