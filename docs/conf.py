@@ -52,7 +52,7 @@ doctest_default_flags = __import__("doctest").ELLIPSIS | __import__("doctest").N
 # inventories are on the web, and these pages build without it.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|numpy|collections|re|enum)\..+"),
-    ("py:class", r"Tensor|Optimizer|Closure|Callable|Sequence|Mapping|Iterable|Any"),
+    ("py:class", r"Tensor|Optimizer|Closure|Callable|Sequence|Mapping|Iterable|Any|Axes"),
     ("py:.*", r"(lightning|transformers)\..+"),
     ("py:class", r"Trainer\w*|TrainingArguments|LightningModule|Callback"),
     ("py:class", r"optional|callable"),  # words of "Args:" sections that are not types

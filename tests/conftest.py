@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
 import training
@@ -32,15 +35,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Skip what needs a CUDA device, or matplotlib for its example, where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if importlib.util.find_spec("matplotlib") is None:
+        for item in items:
+            if item.name.startswith("torch_worm_optim.plot."):
+                item.add_marker(pytest.mark.skip(reason="needs matplotlib"))
 
 
 # Tensors here are tiny: threads would only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
+
+# Pictures are drawn without a screen, and never shown.
+os.environ["MPLBACKEND"] = "Agg"
 
 # Else the bits of a convolution's gradient differ from call to call on a CUDA device.
 torch.backends.cudnn.deterministic = True

@@ -41,6 +41,8 @@ def test_all_names_are_there_and_no_others():
         "ShrinkReport",
         "WormOptimizer",
         "load_shrunk_",
+        "plot_kept",
+        "plot_trajectory",
         "shrink_",
     }
     assert torch_worm_optim.__version__.count(".") == 2

@@ -1,6 +1,8 @@
 """Find the winning ticket of a network while it trains, from inside its optimizer."""
 
 from torch_worm_optim.optimizer import WormOptimizer as WormOptimizer
+from torch_worm_optim.plot import plot_kept as plot_kept
+from torch_worm_optim.plot import plot_trajectory as plot_trajectory
 from torch_worm_optim.search import MaskSample as MaskSample
 from torch_worm_optim.search import Phase as Phase
 from torch_worm_optim.selectors import BatchNormSelector as BatchNormSelector
@@ -29,5 +31,7 @@ __all__ = [
     "ShrinkReport",
     "WormOptimizer",
     "load_shrunk_",
+    "plot_kept",
+    "plot_trajectory",
     "shrink_",
 ]

@@ -1,0 +1,254 @@
+"""Pictures of a search: what is drawn is what the search says, and drawing changes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from training import BASES, small_cnn, train, window_of
+
+from torch_worm_optim import (
+    MaskSample,
+    Phase,
+    QueryKeySelector,
+    WormOptimizer,
+    plot_kept,
+    plot_trajectory,
+)
+
+
+def wrapped(n_steps: int = 0, **options):
+    """A small network and its wrapped optimizer after some steps; the ticket is found in 60."""
+    model = small_cnn()
+    options = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2, **options}
+    opt = WormOptimizer(BASES["SGD momentum"](model.parameters()), model, **options)
+    train(model, opt, range(n_steps))
+    return opt
+
+
+@pytest.fixture
+def ax():
+    """Axes that pyplot knows nothing of."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def lines_of(ax):
+    """The points of each line, by label; lines without a label, which are thresholds, by height."""
+    return {
+        line.get_label() if line.get_label()[0] != "_" else line.get_ydata()[0]: [
+            tuple(point) for point in line.get_xydata().tolist()
+        ]
+        for line in ax.get_lines()
+    }
+
+
+def texts_of(ax):
+    """All that is written inside."""
+    return [text.get_text() for text in ax.texts]
+
+
+def drawn(ax):
+    """Draw it, so that whatever cannot be drawn raises."""
+    ax.figure.draw_without_rendering()
+    return ax
+
+
+def test_lines_are_the_history(ax):
+    """Distances, masks, thresholds, the start of truncation and the ticket, each where it was."""
+    opt = wrapped(60)
+    assert opt.converged
+    phases = [sample.phase for sample in opt.history]
+    assert phases[0] is Phase.SEARCHING
+    first = opt.history[phases.index(Phase.TRUNCATING)]
+    last = opt.history[-1]
+
+    assert plot_trajectory(opt, ax) is drawn(ax)
+    compared = [sample for sample in opt.history if sample.distances]
+    lines = lines_of(ax)
+    assert lines["largest distance"] == [(s.step, s.max_distance) for s in compared]
+    assert lines["mean distance"] == [(s.step, s.mean_distance) for s in compared]
+    assert lines["mask drawn"] == [(s.step, 0) for s in opt.history]
+    assert lines["truncation starts"] == [(first.step, first.mean_distance)]
+    assert lines["ticket found"] == [(last.step, last.max_distance)]
+    assert {0.06, 0.26} <= lines.keys()
+    [shade] = ax.patches
+    assert (shade.get_x(), shade.get_width()) == (0, compared[0].step)
+    assert (ax.get_xlim()[0], ax.get_ylim()[0]) == (0, 0)
+    assert ax.get_legend() is not None
+
+
+def test_a_history_is_drawn_as_its_optimizer_is_but_for_the_thresholds(ax):
+    """Whoever kept only the list sees the same lines."""
+    from matplotlib.figure import Figure
+
+    opt = wrapped(60)
+    other = plot_trajectory(opt.history, Figure().subplots())
+    lines = lines_of(plot_trajectory(opt, ax))
+
+    assert lines_of(other) == {key: lines[key] for key in lines if isinstance(key, str)}
+    assert lines_of(plot_trajectory(tuple(opt.history), other.figure.add_subplot())) == {
+        key: lines[key] for key in lines if isinstance(key, str)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"truncation": 1}, {0.06, 0.26, "ticket found"}),
+        ({"trigger": "always"}, {0.06, "truncation starts", "ticket found"}),
+    ],
+)
+def test_what_does_not_happen_is_not_drawn(ax, options, shown):
+    """Nothing is truncated with a truncation of 1; "always" has no trigger point."""
+    opt = wrapped(150, **options)
+    assert opt.converged
+
+    lines = lines_of(plot_trajectory(opt, ax))
+    assert lines.keys() - {"largest distance", "mean distance", "mask drawn"} == shown
+
+
+def test_before_there_is_anything_the_axes_say_so(ax):
+    """No mask, no full window, or a ticket that was given: words, and no error."""
+    opt = wrapped()
+    assert texts_of(drawn(plot_trajectory(opt, ax))) == ["no mask drawn yet"]
+    ax.clear()
+    assert texts_of(drawn(plot_trajectory([], ax))) == ["no mask drawn yet"]
+    ax.clear()
+    assert texts_of(drawn(plot_kept(opt, ax))) == ["no mask drawn yet"]
+    ax.clear()
+    assert "window not full yet" in texts_of(drawn(plot_trajectory(wrapped(6), ax)))
+    ax.clear()
+    ticket = wrapped(60).ticket
+    given = wrapped(ticket=ticket)
+    assert texts_of(drawn(plot_trajectory(given, ax))) == ["no mask drawn: the ticket was given"]
+
+
+@pytest.mark.parametrize("n_steps", [6, 60])
+def test_bars_are_the_masks(ax, n_steps):
+    """As long as representatives are wide, dark as far as they are kept, in the same order."""
+    opt = wrapped(n_steps)
+    masks = opt.candidate_mask
+
+    assert plot_kept(opt, ax) is drawn(ax)
+    kept, removed = ([bar.get_width() for bar in bars] for bars in ax.containers)
+    assert kept == [int(mask.sum()) for mask in masks.values()]
+    assert removed == [int((~mask).sum()) for mask in masks.values()]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(masks)
+    assert texts_of(ax) == [f"{k} of {k + r}" for k, r in zip(kept, removed, strict=True)]
+    which = "ticket" if n_steps == 60 else "newest mask"
+    assert ax.get_title(loc="left") == f"{which}: 10 of 20 entries kept"
+    top, bottom = ax.transData.transform([(0, 0), (0, 1)])[:, 1]
+    assert top > bottom
+
+
+def test_a_given_ticket_has_bars(ax):
+    """Followers included, as in the summary."""
+    ticket = wrapped(60).ticket
+    plot_kept(wrapped(ticket=ticket), ax)
+    assert [label.get_text() for label in drawn(ax).get_yticklabels()] == list(ticket)
+
+
+def test_units_are_what_bars_count(ax):
+    """Heads, not the entries of their weights."""
+    model = nn.MultiheadAttention(16, 4)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = WormOptimizer(sgd, model, QueryKeySelector(granularity="head"), sample_every=None)
+    opt.sample()
+
+    assert texts_of(plot_kept(opt, ax)) == ["2 of 4"]
+    assert ax.get_title(loc="left") == "newest mask: 2 of 4 units kept"
+
+
+def test_drawing_changes_nothing(ax):
+    """The search goes on as the one that nobody looked at, and pyplot knows no more figures."""
+    from matplotlib import pyplot as plt
+    from matplotlib import rcParams
+
+    settings = dict(rcParams)
+    looked_at, alone = wrapped(), wrapped()
+    for step in range(45):
+        for opt in (looked_at, alone):
+            train(opt._layout.model, opt, range(step, step + 1))
+        if step % 8 == 0:
+            plot_trajectory(looked_at, ax)
+            plot_kept(looked_at, ax.figure.add_subplot())
+
+    assert looked_at.history == alone.history
+    assert torch.equal(window_of(looked_at.state_dict()), window_of(alone.state_dict()))
+    assert dict(rcParams) == settings
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("draw", [plot_trajectory, plot_kept])
+def test_without_axes_there_is_a_figure_of_its_own(draw):
+    """One new figure each time, known to pyplot, so that notebooks show it."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot as plt
+
+    opt = wrapped(6)
+    first, second = draw(opt), draw(opt)
+    try:
+        assert first.figure is not second.figure
+        assert len(plt.get_fignums()) == 2
+        drawn(second)
+    finally:
+        plt.close(first.figure)
+        plt.close(second.figure)
+
+
+def test_two_searches_fit_into_one_picture(ax):
+    """The second has a colour of its own, and the first stays in sight."""
+    long, short = wrapped(60), wrapped(30)
+    plot_trajectory(short, ax)
+    first = ax.get_lines()[0].get_color()
+    n = len(ax.get_lines())
+    plot_trajectory(long, ax)
+
+    assert ax.get_lines()[n].get_color() != first
+    assert drawn(ax).get_xlim()[1] >= long.history[-1].step
+
+
+def test_what_cannot_be_drawn_is_refused(ax):
+    """The message gives the rule, what came, and what to pass instead."""
+    opt = wrapped(6)
+    with pytest.raises(TypeError, match=r"must be a WormOptimizer or its history.*got SGD\. Pass"):
+        plot_trajectory(opt.base_optim, ax)
+    with pytest.raises(TypeError, match="list of MaskSample, got int in a MaskSample"):
+        plot_trajectory(opt.history[-1], ax)
+    with pytest.raises(TypeError, match="got NoneType in a list"):
+        plot_trajectory([None], ax)
+    with pytest.raises(TypeError, match=r"must be a WormOptimizer, got list\. Pass the optimizer"):
+        plot_kept(opt.history, ax)
+    for draw in (plot_trajectory, plot_kept):
+        with pytest.raises(TypeError, match=r"`ax` must be the matplotlib axes .*got Figure\. Pas"):
+            draw(opt, ax.figure)
+
+
+@pytest.mark.parametrize("draw", [plot_trajectory, plot_kept])
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, draw):
+    """At the call, and not before."""
+    for name in ("matplotlib", "matplotlib.axes", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    with pytest.raises(ImportError, match=r'pip install "torch-worm-optim\[plot\]"'):
+        draw(wrapped(6))
+
+
+def test_importing_the_package_does_not_import_matplotlib():
+    """Nobody who draws nothing waits for it."""
+    code = "import sys, torch_worm_optim; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("n", range(5))
+def test_a_history_may_end_anywhere(ax, n):
+    """It is drawn as far as it goes, at step 0, too."""
+    drawn(plot_trajectory(wrapped(15).history[:n], ax))
+    drawn(plot_trajectory([MaskSample(0, (), None, None, Phase.TRUNCATING)], ax))
