@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if importlib.util.find_spec("matplotlib") is None:
         for item in items:
-            if item.name.startswith("torch_worm_optim.plot."):
+            if "torch_worm_optim.plot." in item.name:
                 item.add_marker(pytest.mark.skip(reason="needs matplotlib"))
 
 
