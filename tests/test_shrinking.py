@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -587,7 +588,7 @@ def test_an_average_of_the_weights_is_cut_alike():
 
     torch.testing.assert_close(outputs(average.module, batch, False), expected)
     assert average.module.out.weight.shape == model.out.weight.shape
-    with pytest.raises(ValueError, match="has no parameter or buffer"):
+    with pytest.raises(ValueError, match="has none of that name"):
         report.apply_(nn.Linear(1, 1))
 
 
@@ -695,3 +696,247 @@ def test_a_compiled_network_is_recompiled_and_agrees():
     compiled(IMAGES[0])
     assert widths == [8, len(report.kept["0.weight"][0])]
     torch.testing.assert_close(compiled(IMAGES[0]), expected)
+
+
+# ---- what the batch that is watched does not tell
+
+
+class Blind(nn.Module):
+    """Two layers, half of the first one's rows zero, with something in between."""
+
+    def __init__(self, between: Callable[[Blind, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.between = between
+        self.first, self.gate, self.last = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        table = torch.stack([torch.arange(9.0) * n for n in range(8)], 1).sin()
+        self.register_buffer("table", table)
+        with torch.no_grad():
+            self.first.weight[:4] = 0
+            self.first.bias[:4] = 0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Classify each position."""
+        return self.last(self.between(self, x, mask))
+
+
+def filled_through(view: Callable[[Tensor], Tensor]) -> Callable[[Blind, Tensor, Tensor], Tensor]:
+    """Writes into what it computed, through a view of it, where a mask says so."""
+
+    def between(self: Blind, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.first(x)
+        view(hidden).masked_fill_(view(mask[..., None].expand_as(hidden).clone()), -1.0)
+        return hidden
+
+    return between
+
+
+def of_a_table(self: Blind, x: Tensor, mask: Tensor) -> Tensor:
+    """A table whose first row is zero."""
+    return self.first(x) + self.table[: x.shape[1]]
+
+
+def of_a_copy(self: Blind, x: Tensor, mask: Tensor) -> Tensor:
+    """A parameter's copy, which is then multiplied by what depends on the mask."""
+    scale = self.gate.bias.clone()
+    scale.mul_(mask.any().to(x.dtype))
+    return self.first(x) + scale
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        filled_through(lambda hidden: hidden[:, :]),
+        filled_through(lambda hidden: hidden[0]),
+        filled_through(lambda hidden: hidden.transpose(0, 1)),
+        filled_through(lambda hidden: hidden.detach()),
+        of_a_table,
+        of_a_copy,
+    ],
+    ids=["slice", "select", "transpose", "detach", "table", "copy"],
+)
+def test_values_of_the_watched_batch_decide_nothing(between):
+    """Watched with one position and an empty mask, run with five and a mask."""
+    model = Blind(between)
+    x, mask = torch.randn(2, 5, 4), torch.rand(2, 5) > 0.5
+    expected = model(x, mask)
+    shrink_(model, (x[:, :1], torch.zeros(2, 1, dtype=torch.bool)))
+    torch.testing.assert_close(model(x, mask), expected)
+
+
+class HeadsByNumber(nn.Module):
+    """Splits into heads by a number whose name nobody knows."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.h = n_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
+        with torch.no_grad():
+            for layer in (self.q, self.k) if n_heads == 1 else (self.q, self.k, self.v):
+                layer.weight[4:16] = 0
+                layer.bias[4:16] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        q, k, v = (
+            layer(x).view(*x.shape[:2], self.h, -1).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+
+@pytest.mark.parametrize("n_heads", [1, 6])
+@pytest.mark.parametrize("watched", [torch.ones(1, 5, 24), torch.randn(2, 1, 24)])
+def test_heads_are_heads_though_scores_do_not_matter(n_heads, watched):
+    """With one position, or equal ones, attention is the same whatever heads are."""
+    model = HeadsByNumber(n_heads)
+    x = torch.randn(2, 5, 24)
+    expected = model(x)
+    shrink_(model, watched)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_operator_in_an_odd_form_costs_its_channels_only():
+    """One that changes a shape in place, one that reads numbers as others."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+            with torch.no_grad():
+                for layer in (self.a, self.c):
+                    layer.weight[:4] = 0
+                    layer.bias[:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            hidden.unsqueeze_(1)
+            x = self.b(hidden.view(torch.int32).view(torch.float32).squeeze(1))
+            return self.d(self.c(x).relu())
+
+    model, x = Odd(), torch.randn(3, 8)
+    expected = model(x)
+    report = shrink_(model, x)
+    torch.testing.assert_close(model(x), expected)
+    assert (model.a.out_features, model.c.out_features) == (8, 4)
+    assert report.channels == (8, 4)
+
+
+def test_a_layer_that_states_its_size_keeps_what_it_reads():
+    """And what others read goes; the result can be loaded."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.gru = nn.Linear(8, 8), nn.GRU(8, 4, batch_first=True)
+            self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.attention = nn.MultiheadAttention(2, 1, kdim=8, vdim=8, batch_first=True)
+            with torch.no_grad():
+                for layer in (self.a, self.b):
+                    layer.weight[:4] = 0
+                    layer.bias[:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = self.a(x)
+            y = self.c(self.b(self.gru(memory)[0]).relu())
+            return self.attention(y, memory, memory, need_weights=False)[0]
+
+    model, x = Mixed(), torch.randn(2, 3, 8)
+    expected = model(x)
+    shrink_(model, x)
+    torch.testing.assert_close(model(x), expected)
+    assert (model.a.out_features, model.b.out_features) == (8, 4)
+    fresh = Mixed()
+    load_shrunk_(fresh, model.state_dict())
+    torch.testing.assert_close(fresh(x), expected)
+
+
+def test_masked_scores_of_minus_infinity_are_equal_to_themselves():
+    """They are outputs like others."""
+
+    class Masked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([False, True]), -torch.inf)
+
+    model = Masked(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = 0
+    assert shrink_(model, torch.randn(2, 3)).channels == (1, 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_break_leaves_everything_as_it_was(error):
+    """Parameters, attributes, and what torch was told for the whole process."""
+
+    class Breaks(Sequence):
+        breaks = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.breaks and self[0].out_channels < 8:
+                raise error
+            return super().forward(x)
+
+    model = Breaks()
+    zero_channels(model)
+    model.breaks = True
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attributes = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(error):
+        shrink_(model, torch.randn(2, 3, 8, 8), scatter=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert model[0].out_channels == 8
+    assert torch.is_autocast_cache_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_model_without_shapes_is_refused_and_settings_stay():
+    """A lazy layer has not seen any input."""
+    with pytest.raises(ValueError, match=r"'0.weight' has no shape yet.*Run the model once"):
+        shrink_(nn.Sequential(nn.LazyLinear(3)), torch.ones(1, 2))
+    assert torch.is_autocast_cache_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update({"2.weight": torch.ones(4, 3)}), "has shape"),
+        (lambda state: state.update({"0.weight": torch.ones(3, 4, device="meta")}), "without data"),
+        (lambda state: state.update({"0.weight": [1.0]}), "got list"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_leaves_the_model_as_it_was(change, message):
+    """Among it one whose tied weights differ in shape."""
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(4, 6, bias=False))
+    model[2].weight = model[0].weight
+    before = model[0].weight.clone()
+    state = {name: torch.ones(3, 4) for name in ("0.weight", "2.weight")}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        load_shrunk_(model, state)
+    assert torch.equal(model[0].weight, before)
+    assert model[0].out_features == 6
+
+
+def test_a_copy_is_cut_whole_or_not_at_all():
+    """Not twice, not one of another size, and not one whose network writes by index."""
+    model, batch = build("residual")
+    copies = [copy.deepcopy(model) for _ in range(3)]
+    report = shrink_(model, batch)
+    report.apply_(copies[0])
+    shapes = [p.shape for p in copies[0].parameters()]
+    with pytest.raises(ValueError, match="had shape"):
+        report.apply_(copies[0])
+    assert [p.shape for p in copies[0].parameters()] == shapes
+    average = torch.optim.swa_utils.AveragedModel(copies[1])
+    report.apply_(average)
+    assert [p.shape for p in average.module.parameters()] == shapes
+    scattered = shrink_(copies[2], batch, scatter=True)
+    with pytest.raises(ValueError, match="shrink it with `scatter` by itself"):
+        scattered.apply_(copies[1])

@@ -485,3 +485,27 @@ def test_a_vision_transformer_of_timm_shrinks_exactly():
     assert report.channels[0] > 0 == report.channels[1]
     torch.testing.assert_close(model(images), expected)
     assert (model.blocks[0].attn.num_heads, model.blocks[0].attn.attn_dim) == (3, 12)
+
+
+def test_a_search_by_selectors_resumes_with_the_same_selectors_only():
+    """Which of them found what decides the masks."""
+    model = Transformer(Separate)
+
+    def optimizer(selector: Any, scope: str) -> WormOptimizer:
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        return WormOptimizer(sgd, model, selector, scope=scope, sample_every=None)
+
+    def some(*names: str) -> Any:
+        return lambda model: [Representative(name) for name in names]
+
+    parts = [f"layers.0.attention.{name}.weight" for name in ("query", "key", "value")]
+    apart = FeedForwardSelector() | some(parts[0]) | some(*parts[1:])
+    together = FeedForwardSelector() | some(*parts)
+    for scope in ("global", "selector"):
+        saved = optimizer(apart, scope).state_dict()
+        optimizer(apart, scope).load_state_dict(saved)
+        if scope == "global":
+            optimizer(together, scope).load_state_dict(saved)
+        else:
+            with pytest.raises(ValueError, match="groups"):
+                optimizer(together, scope).load_state_dict(saved)

@@ -51,10 +51,13 @@ class Book:
         self.read_alive: list[Labels] = []
         self.fixed = {PINNED}  # labels of which it is known already that they stay
         self.balanced: list[list[Labels]] = []
+        # The operators that compute, in order, with the labels of what they return.
+        self.steps: list[tuple[str, list[list[Labels] | None]]] = []
         self.labels: dict[int, list[Labels]] = {}
         self.zeros: dict[int, tuple[int, Flags]] = {}
         self.strides: dict[int, tuple[int, ...]] = {}
         self.alive: list[Tensor] = []  # an id belongs to another tensor once its own is gone
+        self.in_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
         # Tensors that do not depend on the input, with the parameters that they are made of.
         self.made_of: dict[int, set[str]] = {}
         self.seen: set[int] = set()
@@ -79,6 +82,7 @@ class Book:
     def label(self, tensor: Tensor, labels: Sequence[Labels], zeros: Any = None) -> None:
         """Give a tensor its labels, and the dimension and flags of channels that are zero."""
         self.alive.append(tensor)
+        self.in_storage.setdefault(_storage(tensor), set()).add(id(tensor))
         self.labels[id(tensor)] = list(labels)
         self.strides[id(tensor)] = tensor.stride()
         self.zeros.pop(id(tensor), None)
@@ -112,8 +116,8 @@ class Book:
     def shared(self, size: int, places: Sequence[tuple[Tensor, int]]) -> Labels:
         """Join a dimension of some size of several tensors, and return labels for it.
 
-        Along a dimension that a tensor was expanded in it is the same at all indices, so that any
-        of them may go.
+        Along a dimension that a tensor was expanded in, as a mask is for all heads, it is the same
+        at all indices: any of them may go, and a forward that asks for another size gets it.
         """
         labels = [
             each
@@ -126,6 +130,14 @@ class Book:
         # Where indices of one are known to stay, they do in all.
         return labels[0] if labels and all(each.any() for each in labels) else fixed(size)
 
+    def written(self, tensor: Tensor, depends_on_input: bool) -> None:
+        """Forget what is known of the values of all tensors that share memory with this one."""
+        for each in self.in_storage.get(_storage(tensor), set()):
+            if each != id(tensor):
+                self.zeros.pop(each, None)
+            if depends_on_input:
+                self.made_of.pop(each, None)
+
     def pin(self, tensor: Tensor, why: str) -> None:
         """Have all indices of a tensor stay."""
         for labels in self.of(tensor):
@@ -134,6 +146,10 @@ class Book:
     def read(self, labels: Labels, sees_zero: Flags) -> None:
         """Take note of a sum over a dimension that sees zero at some indices."""
         self.read_alive.append(labels[~sees_zero])
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def fixed(size: int) -> Labels:

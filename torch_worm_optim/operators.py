@@ -54,6 +54,8 @@ _SOFTMAX = _operators("_softmax", "_safe_softmax", "_log_softmax")
 _LAYER_NORM = _operators("native_layer_norm", "_fused_rms_norm")
 _VIEWS = _operators("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
 _PERMUTATIONS = _operators("permute", "transpose", "t")
+# Operators whose result depends on what is picked. What one input picks another may not.
+PICKING = _operators("slice", "select", "index", "index_select", "gather", "embedding")
 # Operators that make a new tensor of a shape and read no values.
 FACTORIES = _operators(
     *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like"),
@@ -206,7 +208,11 @@ def _bmm(book: Book, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     (batch, rows, inner), (batch_b, inner_b, columns) = book.of(a), book.of(b)
     book.join(batch, batch_b)
     book.join(inner, inner_b)
-    book.read(inner, book.zeros_along(a, 2) | book.zeros_along(b, 1))
+    if id(a) in book.made_of or id(b) in book.made_of:
+        book.read(inner, book.zeros_along(a, 2) | book.zeros_along(b, 1))
+    else:
+        # The scale of attention scores is made of the number of channels that they are summed over.
+        book.pinned.append((inner, "summed over by a product of activations"))
     zeros = [
         (0, book.zeros_along(a, 0) | book.zeros_along(b, 0)),
         (1, book.zeros_along(a, 1)),

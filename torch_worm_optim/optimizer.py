@@ -787,6 +787,11 @@ class WormOptimizer(OptimizerWrapper):
             "sizes": self._layout.numels(),
             "prune_ratio": self._prune_ratio,
             "scope": self._scope,
+            **(
+                {"groups": [each.group for each in representatives]}
+                if self._scope == "selector"
+                else {}
+            ),
             "min_keep": self._min_keep,
             "window": self._rule.window,
         }

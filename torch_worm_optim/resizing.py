@@ -40,6 +40,23 @@ def is_resizable(module: nn.Module) -> bool:
     return isinstance(module, kinds) or is_conv1d(module)
 
 
+def states_its_size(module: nn.Module) -> bool:
+    """Whether it is a layer of torch that computes with sizes that are not set here.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether its parameters must keep their shapes.
+
+    Example:
+        >>> states_its_size(nn.LayerNorm(3)), states_its_size(nn.Linear(3, 2))
+        (True, False)
+    """
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
+    return kinds[0] is not nn.Module and not is_resizable(module)
+
+
 class _Attention(NamedTuple):
     """An attention layer: what makes its heads, and what it says of them.
 
@@ -121,12 +138,16 @@ def _attention(module: nn.Module) -> _Attention:
     """What is known of a module if it is an attention layer."""
     try:
         blocks = [block for block in attention_blocks("", module, {}) if not block.is_bias]
+        # What all heads share, on the way down to few dimensions, belongs to none of them.
+        latent = {id(b.parameter) for b in blocks if b.label.endswith(("_rank", "latent"))}
+        blocks = [block for block in blocks if id(block.parameter) not in latent]
         widths = {block.n_features for block in blocks}
     except ValueError:  # a fused matrix whose layout only the user knows
         name = unknown_fused(module)
         weight = module.get_parameter(name)
-        blocks = [Block("", name, weight, 0, weight.ndim - 1, 1, 0, len(weight))]
-        widths = {len(weight) // n for n in (1, 2, 3)}
+        n = len(weight)
+        blocks = [Block("", name, weight, 0, weight.ndim - 1, repeat=1, start=0, stop=n)]
+        widths = {n, n // 2, n // 3}
     return _Attention(module, [(block, block.surroundings[1]) for block in blocks], widths)
 
 
@@ -159,14 +180,12 @@ def _fit(module: nn.Module) -> None:
 
 def _fit_heads(attention: _Attention, said: Mapping[str, int]) -> None:
     """Set numbers of heads and channels, if all projections have lost the same share of rows."""
-    shares = {
-        Fraction(block.surroundings[1], before)
-        for block, before in attention.projections
-        if block.surroundings[1] != before
-    }
+    shares = {Fraction(block.surroundings[1], before) for block, before in attention.projections}
     if len(shares) != 1:
         return
     [share] = shares
     for key, value in said.items():
-        if key in _HEADS or value in attention.widths:
+        # A number of channels is that of the heads where it equals it: `hidden_size` of a layer may
+        # be the width of its input, too, and then the forward that reads it fails, and heads stay.
+        if (key in _HEADS or value in attention.widths) and (value * share).denominator == 1:
             setattr(attention.module, key, int(value * share))

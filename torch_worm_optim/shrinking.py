@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,10 +30,10 @@ from torch.utils.flop_counter import flop_registry
 
 from torch_worm_optim.arguments import check_count
 from torch_worm_optim.notices import warn_user
-from torch_worm_optim.resizing import Sizes, is_resizable
+from torch_worm_optim.resizing import Sizes, states_its_size
 from torch_worm_optim.selectors.base import canonical_name
 from torch_worm_optim.sharding import is_dtensor
-from torch_worm_optim.tracing import trace_channels, zero_channels
+from torch_worm_optim.tracing import check_shapes, trace_channels, zero_channels
 
 # For each dimension of a tensor which indices stay; None where all do.
 Kept = tuple["Tensor | None", ...]
@@ -53,8 +54,10 @@ class ShrinkReport:
         kept: For each parameter and buffer that was cut, by name, for each dimension the indices
             that stayed, a 1-D int64 tensor on the host, or None if all did. Of a grouped
             convolution's weight those of the second dimension are input channels, of all groups.
-        reasons: For each BatchNorm scale with zero channels that stayed, how many did so and why.
-        channels: How many zero channels of BatchNorms there were, and how many of them stayed.
+        reasons: For each BatchNorm scale or matrix of a linear layer with zero channels that
+            stayed, for each reason how many. A row of a matrix is a channel, so a head is as many
+            as its queries, keys and values have rows.
+        channels: How many zero channels there were, and how many of them stayed.
         max_difference: The largest difference of outputs before and after, over the largest output.
 
     Example:
@@ -83,10 +86,12 @@ class ShrinkReport:
     channels: tuple[int, int]
     max_difference: float
     groups: dict[str, int] = field(default_factory=dict, repr=False)
+    shapes: dict[str, torch.Size] = field(default_factory=dict, repr=False)
+    is_scattered: bool = field(default=False, repr=False)
 
     @property
     def left(self) -> dict[str, str]:
-        """For each BatchNorm scale with zero channels that stayed, why they did."""
+        """For each scale or matrix with zero channels that stayed, how many did so and why."""
         return {
             name: ", ".join(f"{why}: {n}" for why, n in each.items())
             for name, each in self.reasons.items()
@@ -114,21 +119,28 @@ class ShrinkReport:
             model: A model with the parameters that the network had before.
 
         Raises:
-            ValueError: If it has no parameter or buffer of a name that was cut.
+            ValueError: If it has other parameters or buffers than the network had where that was
+                cut, or the network was shrunk with ``scatter``. The model is left as it was.
         """
-        named = _named_tensors(model)
-        missing = [name for name in self.kept if name not in named]
-        if missing:
+        if self.is_scattered:
             raise ValueError(
-                f"{type(model).__name__} has no parameter or buffer {missing[0]!r}, which was cut "
-                "out of the network that was shrunk. Pass a copy of that network."
+                "The network was shrunk with `scatter`, so some BatchNorms write by index, which "
+                "those of a copy do not. Prune the copy, and shrink it with `scatter` by itself."
             )
+        named = {canonical_name(name): each for name, each in _named_tensors(model).items()}
+        for name, shape in self.shapes.items():
+            found = named.get(canonical_name(name))
+            if found is None or found.shape != shape:
+                has = "none of that name" if found is None else f"one of {tuple(found.shape)}"
+                raise ValueError(
+                    f"{name!r} had shape {tuple(shape)} before it was cut, and "
+                    f"{type(model).__name__} has {has}. Pass a copy of the network as it was."
+                )
         sizes = Sizes(model)
         with torch.no_grad():
             for name, kept in self.kept.items():
-                named[name].set_(  # type: ignore[call-overload]
-                    cut_tensor(named[name], kept, self.groups.get(name, 1))
-                )
+                tensor = named[canonical_name(name)]
+                tensor.set_(cut_tensor(tensor, kept, self.groups.get(name, 1)))  # type: ignore[call-overload]
         sizes.fit()
 
     def __str__(self) -> str:
@@ -165,9 +177,10 @@ def shrink_(
     """Cut the channels that are zero out of a network, exactly, in place.
 
     A channel goes where all that read it see zero: a BatchNorm scale and shift that are zero take
-    the convolution's filter before them and the columns behind them along. What the network
-    computes stays the same to rounding, in evaluation and in training, and so does what further
-    training makes of it.
+    the convolution's filter before them and the columns behind them along, and a row of a linear
+    layer the column that reads it; of attention whole heads go. What the network computes stays the
+    same to rounding, in evaluation and in training, and so does what further training makes of it.
+    A branch that runs in training alone is not seen.
 
     Args:
         model: The network, on any device, in any dtype.
@@ -234,8 +247,10 @@ def shrink_(
                         f"explain {_tolerance(expected):.2g}"
                     )
                 break
-            except Exception as error:  # whatever a forward may raise
+            except BaseException as error:  # whatever a forward may raise
                 cut.undo()
+                if not isinstance(error, Exception):
+                    raise
                 traceback.clear_frames(error.__traceback__)  # which hold all that was computed
                 problems.append(error)
         else:
@@ -247,10 +262,10 @@ def shrink_(
                     "changes them. Shrink the part of it that is not random."
                 )
             raise RuntimeError(
-                f"Nothing was cut out of {type(model).__name__}, since what it computes would have "
-                f"changed: {problems[-1]}. A forward that reads a number of channels from an "
-                "attribute does this. Shrink its parts one by one, or leave such layers out of the "
-                "selection."
+                f"Nothing was cut out of {type(model).__name__}. With as little cut as there is to "
+                f"try, what it computes would still have changed: {problems[-1]}. A forward that "
+                "reads a number of channels from an attribute may do this. Shrink its parts one by "
+                "one, or leave such layers out of the selection."
             ) from problems[-1]
     if scatter and not scattering:
         warn_user(
@@ -273,6 +288,8 @@ def shrink_(
         (cut.n_zero, sum(n for each in cut.left.values() for n in each.values())),
         difference,
         cut.groups,
+        {name: cut.before[name].shape for name in cut.kept},
+        cut.is_scattered,
     )
 
 
@@ -316,6 +333,8 @@ class _Cut:
         trace = trace_with()
         self._cut(trace.kept)
         self.left = trace.left
+        _forget(self.model)
+        check_shapes(self.model, args, kwargs, trace.steps)
         if not scatter or not trace.left:
             return
         modules = dict(self.model.named_modules())
@@ -340,14 +359,23 @@ class _Cut:
                 smaller = cut_tensor(named[name], tensors, self.groups.get(name, 1))
                 named[name].set_(smaller)  # type: ignore[call-overload]
                 self.kept[name] = composed(self.kept.get(name), tensors)
+        self.fit()
+
+    def fit(self) -> None:
+        """Have modules say of their sizes what their parameters are."""
         self._sizes.fit()
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether a BatchNorm writes by index now that did not before."""
+        return any(type(module) is not kind for module, kind in self._classes)
 
     def undo(self) -> None:
         """Put everything back."""
         for module, kind in self._classes:
             if type(module) is not kind:
                 module.__class__ = kind
-                del module._buffers[_SCATTER], module._buffers[_WIDTH]
+                del module._buffers[_SCATTER], module._buffers[_WIDTH], module.width
         named = _named_tensors(self.model)
         with torch.no_grad():
             for name, tensor in self.before.items():
@@ -374,9 +402,13 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         >>> fresh[2].in_features
         3
     """
-    own = model.state_dict(keep_vars=True)
+    own = {
+        key: tensor
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
     # A file may hold a weight once that has several names, as an embedding that is read twice.
-    saved_as = {id(own[key]): key for key in own.keys() & state_dict.keys()}
+    saved_as = {id(own[key]): key for key in own if key in state_dict}
     aliases = {key: saved_as[id(own[key])] for key in own if id(own[key]) in saved_as}
     state_dict = {**{key: state_dict[alias] for key, alias in aliases.items()}, **state_dict}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -388,31 +420,44 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         and isinstance(modules.get(key.removesuffix(f".{_SCATTER}")), _BatchNorm)
     }
     extra = {f"{path}.{key}" for path in scattered for key in (_SCATTER, _WIDTH)}
-    unknown = (own.keys() ^ state_dict.keys()) - extra
+    saved = {key for key in state_dict if not key.endswith("_extra_state")}
+    unknown = (own.keys() ^ saved) - extra
+    another = f"The state_dict is of another network than {type(model).__name__}: "
     if unknown:
         raise ValueError(
-            f"The state_dict is of another network than {type(model).__name__}: only one of them "
-            f"has {sorted(unknown)[0]!r}. Build the network as it was built before it was shrunk."
+            f"{another}only one of them has {sorted(unknown)[0]!r}. Build the network as it was "
+            "built before it was shrunk."
         )
     for key, tensor in own.items():
-        saved = tuple(state_dict[key].shape)
-        module = modules[key.rpartition(".")[0]]
-        if saved != tuple(tensor.shape) and not _could_be_cut(module, tuple(tensor.shape), saved):
+        entry, shape = state_dict[key], tuple(tensor.shape)
+        if not isinstance(entry, Tensor) or entry.is_meta:
+            kind = "a tensor without data" if isinstance(entry, Tensor) else type(entry).__name__
             raise ValueError(
-                f"The state_dict is of another network than {type(model).__name__}: {key!r} has "
-                f"shape {saved}, where the network has {tuple(tensor.shape)}. Build the network as "
-                "it was built before it was shrunk."
+                f"{key!r} must be a tensor with data, got {kind}. Load the whole file."
             )
-    sizes = Sizes(model)
-    with torch.no_grad():
-        for path in scattered:
-            width = int(state_dict[f"{path}.{_WIDTH}"])
-            _scatter_(modules[path], state_dict[f"{path}.{_SCATTER}"], width)
-        for key, tensor in own.items():
-            if tensor.shape != state_dict[key].shape:
-                tensor.set_(tensor.new_empty(state_dict[key].shape))
-    sizes.fit()
-    model.load_state_dict(state_dict)
+        module = modules[key.rpartition(".")[0]]
+        same = entry.shape == state_dict[aliases.get(key, key)].shape
+        if not same or not (
+            tuple(entry.shape) == shape or _could_be_cut(module, shape, tuple(entry.shape))
+        ):
+            raise ValueError(
+                f"{another}{key!r} has shape {tuple(entry.shape)}, where the network has {shape}. "
+                "Build the network as it was built before it was shrunk."
+            )
+    cut = _Cut(model)
+    try:
+        with torch.no_grad():
+            for path in scattered:
+                width = int(state_dict[f"{path}.{_WIDTH}"])
+                _scatter_(modules[path], state_dict[f"{path}.{_SCATTER}"], width)
+            for key, tensor in own.items():
+                if tensor.shape != state_dict[key].shape:
+                    tensor.set_(tensor.new_empty(state_dict[key].shape))  # type: ignore[call-overload]
+        cut.fit()
+        model.load_state_dict(state_dict)
+    except BaseException:
+        cut.undo()
+        raise
 
 
 def _could_be_cut(module: nn.Module, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
@@ -421,8 +466,7 @@ def _could_be_cut(module: nn.Module, before: tuple[int, ...], after: tuple[int, 
         return False
     if isinstance(module, nn.Embedding):
         return before[0] == after[0]
-    # A layer of torch that states a size, such as LayerNorm, would not work with another one.
-    return is_resizable(module) or not type(module).__module__.startswith("torch.nn")
+    return not states_its_size(module)
 
 
 # ---- tensors
@@ -585,17 +629,23 @@ def _refuse_wrapped(model: nn.Module) -> None:
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with modes, buffers and random numbers put back afterwards."""
-    # Autocast would go on with copies of weights that it made before they were cut.
-    caches = torch.is_autocast_cache_enabled()
-    # Fused attention hides how it treats heads, and how many multiplications it takes.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{lazy!r} has no shape yet, so nothing is known of its zeros. Run the model once "
+            "before."
+        )
     modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
+    caches = torch.is_autocast_cache_enabled()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        # Autocast would go on with copies of weights that it made before they were cut.
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
+        # Fused attention hides how it treats heads, and how many multiplications it takes.
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
         with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
@@ -670,10 +720,12 @@ def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape:
             return math.inf
-        if x.numel():
-            x, y = x.double(), y.double()
-            scale = max(float(x.abs().max()), 1e-30)
-            gap = float((x - y).abs().max()) / scale
+        x, y = x.double(), y.double()
+        differs = x != y  # which two equal infinities, as of masked scores, do not
+        if differs.any():
+            finite = x[x.isfinite()].abs()
+            scale = max(float(finite.max()) if finite.numel() else 0.0, 1e-30)
+            gap = float((x - y)[differs].abs().max()) / scale
             worst = math.inf if math.isnan(gap) else max(worst, gap)
     return worst
 

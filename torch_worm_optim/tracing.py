@@ -13,8 +13,11 @@ never exactness.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,9 +27,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_worm_optim.labels import PINNED, Book, Flags, Labels, all_zero
-from torch_worm_optim.operators import FACTORIES, rule_of
-from torch_worm_optim.resizing import is_conv1d
+from torch_worm_optim.labels import PINNED, Book, Flags, Labels, all_zero, fixed
+from torch_worm_optim.operators import FACTORIES, PICKING, rule_of
+from torch_worm_optim.resizing import is_conv1d, states_its_size
+
+# The name of an operator, and the shapes of its results, None where nothing is known of one.
+Step = tuple[str, tuple["tuple[int, ...] | None", ...]]
+# Operators that arrange entries anew. Which of them run depends on strides, which cutting changes.
+_ARRANGING = re.compile(
+    r"view|reshape|clone|copy|expand|permute|transpose|^t$|squeeze|alias|detach|strided|lift|empty"
+)
 
 
 @dataclass
@@ -38,10 +48,12 @@ class Trace:
             indices that stay, or None if all do. Of a grouped convolution's weight those of the
             second dimension are indices of input channels, of all groups.
         left: For each parameter with channels that are zero and stay, how many and why.
+        steps: The operators that compute, in order, with the shapes that their results will have.
     """
 
     kept: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
     left: dict[str, dict[str, int]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
 
 
 def trace_channels(
@@ -80,12 +92,57 @@ def trace_channels(
         (array([0, 2]), None, None, None)
     """
     book = Book(model, cut_splits, cut_heads, scattered)
+    for module in model.modules():
+        if states_its_size(module):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    book.pin(tensor, f"{type(module).__name__} states its size")
+    book.seen.clear()  # Nothing has run yet.
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with torch.no_grad(), _Watch(book):
         outputs = model(*args, **kwargs)
     for tensor in (*inputs, *(o for o in tree_leaves(outputs) if isinstance(o, Tensor))):
         book.pin(tensor, "the model's output")
     return _result(book, zero_channels(model), multiple_of)
+
+
+def check_shapes(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], steps: Sequence[Step]
+) -> None:
+    """Watch the forward pass of a model that was cut, and compare the shapes of all results.
+
+    Outputs alone do not tell whether heads were cut as heads: with one position, or equal ones,
+    attention is the same whatever its scores are.
+
+    Args:
+        model: The model, in the mode that it was traced in.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        steps: Those of the :class:`Trace` that it was cut by.
+
+    Raises:
+        RuntimeError: If an operator returns another shape than the trace says, or other operators
+            run.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> steps = trace_channels(layer, [torch.ones(1, 2)], {}).steps
+        >>> steps
+        [('addmm', ((1, 3),))]
+        >>> check_shapes(layer, [torch.ones(1, 2)], {}, steps)
+    """
+    seen: list[Step] = []
+    with torch.no_grad(), _Shapes(seen):
+        model(*args, **kwargs)
+    for number, (expected, step) in enumerate(zip_longest(steps, seen, fillvalue=("none", ()))):
+        same = expected[0] == step[0] and len(expected[1]) == len(step[1])
+        if not same or any(
+            a is not None and a != b for a, b in zip(expected[1], step[1], strict=True)
+        ):
+            raise RuntimeError(
+                f"a forward computes otherwise once it is cut: operator {number} should be "
+                f"{expected} and is {step}"
+            )
 
 
 def zero_channels(model: nn.Module) -> dict[str, tuple[int, Flags]]:
@@ -150,14 +207,66 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         if not inputs:
             return out
+        is_constant = all(id(tensor) in book.made_of for tensor in inputs)
         rule = rule_of(func)
-        if rule is None or not rule(book, func, args, kwargs, out):
-            for tensor in (*inputs, *outputs):
+        known = False
+        if rule is not None:
+            # A form of the operator that a rule does not know is as good as no rule.
+            with contextlib.suppress(IndexError, TypeError, ValueError, AttributeError):
+                known = rule(book, func, args, kwargs, out)
+        if not known:
+            for tensor in inputs:
                 book.pin(tensor, f"unknown operator {func.overloadpacket}")
-        if all(id(tensor) in book.made_of for tensor in inputs):
+            for tensor in outputs:
+                book.label(tensor, [fixed(size) for size in tensor.shape])
+        for tensor in _written(func, args, kwargs):
+            book.written(tensor, depends_on_input=not is_constant)
+        if is_constant and func.overloadpacket not in PICKING:
             names = set().union(*(book.made_of[id(tensor)] for tensor in inputs))
             book.made_of |= {id(tensor): names for tensor in outputs}
+        if _computes(func):
+            book.steps.append((_name(func), [book.labels.get(id(each)) for each in outputs]))
         return out
+
+
+class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes note of what operators return."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps = steps
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator, and take note."""
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs))
+        if _computes(func) and any(isinstance(leaf, Tensor) for leaf in leaves):
+            outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            self.steps.append((_name(func), tuple(tuple(each.shape) for each in outputs)))
+        return out
+
+
+def _name(func: Any) -> str:
+    return str(func.overloadpacket).rpartition(".")[2]
+
+
+def _computes(func: Any) -> bool:
+    return func.overloadpacket not in FACTORIES and not _ARRANGING.search(_name(func))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes into."""
+    names = [each.name for each in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return [
+        leaf
+        for each in func._schema.arguments
+        if each.alias_info is not None and each.alias_info.is_write
+        for leaf in tree_leaves(given.get(each.name))
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def _result(book: Book, zero: Mapping[str, tuple[int, Flags]], multiple_of: int) -> Trace:
@@ -166,16 +275,16 @@ def _result(book: Book, zero: Mapping[str, tuple[int, Flags]], multiple_of: int)
     why: dict[int, str] = {}
     stays = np.zeros(book.n_labels, dtype=bool)
     stays[root[PINNED]] = True
-    for labels, reason in book.pinned:
-        roots = root[labels]
+
+    def keep(roots: Labels, reason: str) -> None:
         for each in np.unique(roots[~stays[roots]]).tolist():
             why[each] = reason
         stays[roots] = True
+
+    for labels, reason in book.pinned:
+        keep(root[labels], reason)
     for labels in book.read_alive:
-        roots = root[labels]
-        for each in np.unique(roots[~stays[roots]]).tolist():
-            why[each] = "other layers write to the same channel (residual stream)"
-        stays[roots] = True
+        keep(root[labels], "other layers write to the same channel (residual stream)")
     of_named = {
         name: [root[labels] for labels in book.labels[id(tensor)]]
         for name, tensor in book.named.items()
@@ -183,16 +292,20 @@ def _result(book: Book, zero: Mapping[str, tuple[int, Flags]], multiple_of: int)
     for name, tensor in book.named.items():
         if id(tensor) not in book.seen:
             for roots in of_named[name]:
-                for each in np.unique(roots[~stays[roots]]).tolist():
-                    why[each] = "this forward does not use it"
-                stays[roots] = True
+                keep(roots, "this forward does not use it")
     goes = ~stays
     balanced = [[root[part] for part in parts] for parts in book.balanced]
     dims = [roots for each in of_named.values() for roots in each]
     _keep_some(goes, dims, balanced, multiple_of, why)
     trace = Trace()
-    for name, dims in of_named.items():
-        kept = [None if not goes[r].any() else np.flatnonzero(~goes[r]) for r in dims]
+    for operator, results in book.steps:
+        shapes = [
+            None if each is None else tuple(int((~goes[root[labels]]).sum()) for labels in each)
+            for each in results
+        ]
+        trace.steps.append((operator, tuple(shapes)))
+    for name, of_dims in of_named.items():
+        kept = [None if not goes[r].any() else np.flatnonzero(~goes[r]) for r in of_dims]
         channels = book.inputs_of_grouped.get(id(book.named[name]))
         if channels is not None and goes[root[channels]].any():
             kept[1] = np.flatnonzero(~goes[root[channels]])
