@@ -389,3 +389,28 @@ def test_a_search_with_heads_ends_with_whole_units_and_their_biases_at_zero():
     with torch.no_grad():
         layer.linear2.weight[:, removed] = 10
     assert model(x).equal(before)
+
+
+class Between(nn.Module):
+    """A block with something between its matrices, under a name of its own."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.between, self.fc2 = nn.Linear(8, 32), between, nn.Linear(32, 8)
+
+
+@pytest.mark.parametrize(
+    "between", [nn.LayerNorm(32, elementwise_affine=False), nn.GroupNorm(1, 32, affine=False)]
+)
+def test_a_norm_without_parameters_is_a_norm(between):
+    """It makes something of a unit of zeros out of the others."""
+    with pytest.raises(ValueError, match="between"):
+        FeedForwardSelector()(Between(between))
+
+
+def test_an_activation_is_known_by_its_class_too():
+    """A sigmoid makes a half of 0; what is learned for each unit goes with it."""
+    with pytest.raises(ValueError, match="Sigmoid"):
+        FeedForwardSelector()(Between(nn.Sigmoid()))
+    [block] = FeedForwardSelector()(Between(nn.PReLU(32)))
+    assert [part.name for part in block.reached] == ["fc1.weight", "fc1.bias", "between.weight"]

@@ -293,11 +293,11 @@ def attention_blocks(path: str, module: nn.Module, layouts: Mapping[str, Layouts
         )
     blocks = []
     for pattern, layout in (known or {}).items():
-        for where, parameter, n_before, n_after in _parameters_at(module, pattern):
+        for where, parameter, n_before, n_after in parameters_at(module, pattern):
             text = layout if isinstance(layout, str) else layout(module)
             n_features = math.prod(parameter.shape[n_before : parameter.ndim - n_after])
             try:
-                runs = list(_parse(text, n_features, module))
+                runs = list(parse_layout(text, n_features, module))
             except (AttributeError, ValueError) as error:
                 raise ValueError(
                     f"The layout {text!r} does not fit {where!r} of {path!r} "
@@ -359,8 +359,22 @@ def unknown_fused(module: nn.Module) -> str:
     return next((name for name in module._parameters if FUSED_WEIGHT.fullmatch(name)), "")
 
 
-def _parameters_at(module: nn.Module, pattern: str) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Weights and biases at a path, with how many dimensions stand around the output features."""
+def parameters_at(module: nn.Module, pattern: str) -> Iterator[tuple[str, Tensor, int, int]]:
+    """Weights and biases at a path, with how many dimensions stand around the output features.
+
+    Args:
+        module: The module that the path begins in.
+        pattern: The path of a parameter or of a module that has a weight; ``*`` is any name.
+
+    Returns:
+        For each parameter its path, itself, and how many dimensions stand before its output
+        features and after them.
+
+    Example:
+        >>> [(path, before, after) for path, _, before, after in parameters_at(
+        ...     nn.ModuleDict({"q": nn.Linear(2, 3)}), "q")]
+        [('q.weight', 0, 1), ('q.bias', 0, 0)]
+    """
     if "*" in pattern:
         paths = [path for path, _ in module.named_modules() if fnmatchcase(path, pattern)]
     else:
@@ -382,8 +396,27 @@ def _parameters_at(module: nn.Module, pattern: str) -> Iterator[tuple[str, Tenso
                 yield f"{path}.bias", owner.bias, 0, 0
 
 
-def _parse(layout: str, n_features: int, module: nn.Module) -> Iterator[tuple[str, int, int, int]]:
-    """The blocks of a layout: label, repetitions, start and stop; see ``layouts.py``."""
+def parse_layout(
+    layout: str, n_features: int, module: nn.Module
+) -> Iterator[tuple[str, int, int, int]]:
+    """The blocks of a layout, see ``layouts.py``.
+
+    Args:
+        layout: Such as ``"q k v"``.
+        n_features: How many output features it describes.
+        module: The module whose attributes the layout may name.
+
+    Returns:
+        For each block its label, repetitions, start and stop.
+
+    Raises:
+        ValueError: If it is not written like a layout, or does not fit the number of features.
+        AttributeError: If the module has no such attribute.
+
+    Example:
+        >>> list(parse_layout("q k v", 6, nn.Module()))
+        [('q', 1, 0, 2), ('k', 1, 2, 4), ('v', 1, 4, 6)]
+    """
     match = re.fullmatch(r"\s*(?:(\S+)\s*\*\s*\((.+)\)|([^()]+))\s*", layout)
     if match is None:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_worm_optim.selectors.attention import Block, _parameters_at, _parse
+from torch_worm_optim.selectors.attention import Block, parameters_at, parse_layout
 from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
 from torch_worm_optim.selectors.layouts import Layouts
 
@@ -120,12 +120,12 @@ _OTHERWISE = re.compile(
     r"Router|(Head|Classifier|Pooler|Merger|Projector|Adapter|Embed(der|dings?)?)$"
 )
 _WEIGHTS = re.compile(
-    r"Attn$|RelPosMlp|^SE[A-Z]|Excite|ChannelAtt|GlobalContext|^(cpb|meta|pos\w*)_mlp$"
+    r"Attn$|RelPosMlp|^SE[A-Z]|Excit|ChannelAtt|GlobalContext|^(cpb|meta|pos\w*)_mlp$"
 )
 _ACTIVATION = re.compile(r"(^|_)(act|activation|non_?linearity)(_|\d|$)")
 _MAKE_UNITS = ("up", "gate", "between")
 # What makes nothing of one unit out of another.
-_ONE_BY_ONE = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
+_ONE_BY_ONE = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -280,11 +280,11 @@ def _read(module: nn.Module, layout: Layouts) -> Iterator[tuple[str, Tensor, str
     """Each parameter with its layout, and the blocks that the layout cuts it into."""
     for pattern, label in layout.items():
         text = label if isinstance(label, str) else label(module)
-        for name, parameter, n_before, n_after in _parameters_at(module, pattern):
+        for name, parameter, n_before, n_after in parameters_at(module, pattern):
             n_features = math.prod(parameter.shape[n_before : parameter.ndim - n_after])
             runs = (
                 Block(run[0], name, parameter, n_before, n_after, *run[1:])
-                for run in _parse(text, n_features, module)
+                for run in parse_layout(text, n_features, module)
             )
             yield name, parameter, text, runs
 
@@ -446,7 +446,10 @@ def _between(module: nn.Module, blocks: list[Block], up: Block) -> Iterator[tupl
     for name, inner in module.named_modules():
         own = list(inner.parameters(recurse=False))
         per_unit = all(p.numel() == n_units or tuple(p.shape[:2]) == (n_units, 1) for p in own)
-        if name and own and per_unit and known.isdisjoint(map(id, own)):
+        if not own:  # a norm need not have any to mix the units
+            n_mixed = getattr(inner, "num_channels", getattr(inner, "normalized_shape", 0))
+            per_unit = n_mixed in (n_units, (n_units,))
+        if name and per_unit and known.isdisjoint(map(id, own)):
             yield name, inner
 
 
@@ -468,7 +471,9 @@ def _activations(module: nn.Module, up: Block) -> Iterator[tuple[str, Callable[.
         owner = module.get_submodule(holder)
         for name in (*vars(owner), *owner._modules):
             value = getattr(owner, name)
-            if callable(value) and _ACTIVATION.search(name):
+            is_known = type(value).__module__ == "torch.nn.modules.activation"
+            is_known = is_known and not isinstance(value, nn.MultiheadAttention)
+            if is_known or (callable(value) and _ACTIVATION.search(name)):
                 yield f"{holder}.{name}".lstrip("."), value
 
 
