@@ -26,6 +26,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +240,7 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int, prune_at
     run = Run(method, seed, scores={}, steps_per_epoch=steps, found=False if search else None)
     order = torch.Generator().manual_seed(seed)
     clock = Clock(args.device)
-    step, shrunk_at = 0, None
+    step, pruned = 0, False
     name = f"seed {seed}, {method}"
     with tqdm(desc=name, total=args.epochs * steps, unit="step", disable=None) as bar:
         for epoch in range(1, args.epochs + 1):
@@ -250,15 +251,15 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int, prune_at
                 opt.step()
                 step += 1
                 bar.update()
-                if shrunk_at is None and (opt.converged if search else step == prune_at):
+                if not pruned and (opt.converged if search else step == prune_at):
                     penalty.remove()
                     run.search_epochs, run.search_seconds = step / steps, clock.stop()
                     opt = prune_and_shrink(args, data, model, sgd, opt, run, clock)
-                    shrunk_at = clock.seconds
+                    pruned = True
                     clock.start()
             run.curve.append((step / steps, clock.stop(), accuracy(model, data)))
             line = f"epoch {epoch} of {args.epochs}: accuracy {run.curve[-1][2]:.2f} %"
-            if search and shrunk_at is None and opt.history and opt.history[-1].distances:
+            if search and not pruned and opt.history and opt.history[-1].distances:
                 line += f", largest distance {opt.history[-1].max_distance:.3f}"
             bar.set_postfix_str(line.partition(": ")[2])
             if bar.disable:  # nobody looks at a terminal
@@ -275,11 +276,8 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int, prune_at
         # Nothing goes, but what there is is counted.
         counted = shrink_(copy.deepcopy(model), (data.train_images[:1],))
         run.sizes = {name: (before,) for name, (before, _) in sizes(counted).items()}
-        run.sizes["seconds an epoch"] = (run.seconds / args.epochs,)
-    elif shrunk_at is not None:
-        left = args.epochs - run.search_epochs
-        after = [(run.seconds - shrunk_at) / left] if left else []
-        run.sizes["seconds an epoch"] = (run.search_seconds / run.search_epochs, *after)
+    if run.sizes:
+        run.sizes["seconds, fastest epoch"] = fastest_epochs(run)
     return run, model
 
 
@@ -319,6 +317,15 @@ def sizes(cut: ShrinkReport) -> dict[str, tuple[float, ...]]:
         "M parameters": tuple(n / 1e6 for n in cut.parameters),
         "MMAC an image": tuple(n / 1e6 for n in cut.macs),
     }
+
+
+def fastest_epochs(run: Run) -> tuple[float, ...]:
+    """Seconds of the fastest whole epoch before and after; what else a computer does slows some."""
+    at = run.search_epochs or math.inf
+    whole = [(p, q) for p, q in pairwise([(0, 0, 0), *run.curve]) if q[0] - p[0] == 1]
+    before = [q[1] - p[1] for p, q in whole if q[0] <= at]
+    after = [q[1] - p[1] for p, q in whole if p[0] >= at]
+    return (min(before), *([min(after)] if after else [])) if before else ()
 
 
 def compare(args: argparse.Namespace, data: Data, runs: list[Run]) -> None:

@@ -226,7 +226,8 @@ def plot_trajectory(runs: list[Run], args: argparse.Namespace, title: str, path:
                 first = truncating[0]
                 axes.plot(first.step / run.steps_per_epoch, first.mean_distance, "o", color=color)
         for (which, each), style in zip(lines.items(), ("-", "--"), strict=True):
-            _draw(axes, each, label=f"{method}, {which}", color=color, lw=width, ls=style)
+            look = {"color": color, "lw": width, "ls": style, "marker": "."}
+            _draw(axes, each, label=f"{method}, {which}", **look)
     axes.set(xlabel="epoch", ylabel="mask distance", title=title)
     if not full_at:
         _empty(axes, f"No distances: no search drew the {args.window} masks that fill its window.")
@@ -235,9 +236,9 @@ def plot_trajectory(runs: list[Run], args: argparse.Namespace, title: str, path:
     axes.axvspan(0, min(full_at), color="0.95", zorder=0)
     axes.annotate(
         f"fewer than\n{args.window} masks:\nwindow not\nfull yet",
-        (0.1 * min(full_at), 0.5),
+        (0.05 * min(full_at), 0.97),
         xycoords=("data", "axes fraction"),
-        va="center",
+        va="top",
         fontsize=8,
         color="0.3",
         bbox={"facecolor": "0.95", "edgecolor": "none"},
@@ -259,23 +260,35 @@ def plot_trajectory(runs: list[Run], args: argparse.Namespace, title: str, path:
 
 def plot_accuracy(runs: list[Run], title: str, path: Path) -> None:
     """Accuracy over epochs and over seconds of training; a mark where a network is pruned."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, axes in enumerate(panels):
-        for method, color, width, group in _by_method(runs):
-            lines = [list(zip(*run.curve, strict=True)) for run in group if run.curve]
-            _draw(axes, [(x[axis], x[2]) for x in lines], label=method, color=color, lw=width)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    pruned = [run for run in runs if "after pruning" in run.scores]
+    for method, color, width, group in _by_method([run for run in runs if run.curve], runs):
+        # Whole epochs; the fall right after pruning would leave no room for anything else.
+        points = []
+        for run in group:
+            whole = {p[0]: p for p in reversed(run.curve) if p[0] % 1 == 0}
+            points.append(sorted(whole.values()))
+        epochs_and_seconds = np.mean(points, 0).T[:2]
+        for axis, (axes, x) in enumerate(zip(panels, epochs_and_seconds, strict=True)):
+            _draw(
+                axes, [(x, np.array(y)[:, 2]) for y in points], label=method, color=color, lw=width
+            )
             for run in group:
-                if "after pruning" in run.scores:
+                if run in pruned:
                     at = (run.search_epochs, run.search_seconds)[axis]
                     look = {"color": color, "markersize": 13 if run.found else 8}
                     axes.plot(at, run.scores["before pruning"], "*" if run.found else "X", **look)
-        axes.set(xlabel="epoch" if axis == 0 else "seconds of training", xlim=(0, None))
-        if not any(run.curve for run in runs):
-            _empty(axes, "Nothing was measured.")
-    panels[0].set_ylabel("test accuracy, %")
-    panels[0].plot([], [], "*", color="0.4", markersize=11, label="ticket found and pruned")
-    if any(run.found is None and "after pruning" in run.scores for run in runs):
+    panels[0].set(xlabel="epoch", ylabel="test accuracy, %", xlim=(0, None))
+    panels[1].set(xlabel="seconds of training", xlim=(0, None))
+    if not any(run.curve for run in runs):
+        _empty(panels[0], "Nothing was measured.")
+        _empty(panels[1], "")
+    if pruned:
+        panels[0].plot([], [], "*", color="0.4", markersize=11, label="ticket found and pruned")
         panels[0].plot([], [], "X", color="0.4", label="random ticket applied")
+        after = [run.scores["after pruning"] for run in pruned]
+        note = f"right after, not drawn: {min(after):.0f} to {max(after):.0f} %"
+        panels[0].plot([], [], " ", label=note)
     figure.suptitle(title)
     _finish(figure, path)
 
@@ -384,7 +397,11 @@ def _finish(figure: plt.Figure, path: Path) -> None:
     if axes.collections:
         axes.plot([], [], color="0.8", linewidth=7, label="range of the seeds")
     if len(axes.get_xticks()):
-        axes.legend(fontsize=8)
+        handles_and_labels = axes.get_legend_handles_labels()
+        if len(figure.axes) > 1:
+            figure.legend(*handles_and_labels, loc="outside right upper", fontsize=8)
+        else:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
