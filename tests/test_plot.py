@@ -38,6 +38,13 @@ def ax():
     return Figure().subplots()
 
 
+@pytest.fixture(autouse=True)
+def no_other_figures():
+    """What doctests left open is not counted."""
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
 def lines_of(ax):
     """The points of each line, by label; lines without a label, which are thresholds, by height."""
     return {
