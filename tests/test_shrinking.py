@@ -691,6 +691,8 @@ def test_a_compiled_network_is_recompiled_and_agrees():
     expected = compiled(IMAGES[0])
 
     report = shrink_(compiled, IMAGES)
+    if torch.__version__ < "2.5":  # it looks at shapes of parameters once, docs/deploy.md says
+        torch.compiler.reset()
 
     assert "0.weight" in report.kept
     compiled(IMAGES[0])
