@@ -89,6 +89,12 @@ _BY_CLASS: dict[str, Layouts] = {
     "transformers.MoshiGatingMLP": _FUSED,
     "transformers.ModernBertMLP": {"Wi": "up gate", "Wo": "down"},
     "transformers.ModernBertDecoderMLP": {"Wi": "up gate", "Wo": "down"},
+    # Each use of the shared block adds something of its own to the up projection and the gate.
+    "transformers.Zamba2MLP": {
+        "gate_up_proj": "gate up",
+        "gate_up_proj_adapter_list.*.1": "gate up",
+        "down_proj": "down",
+    },
     "transformers.RwkvFeedForward": {"key": "up", "value": "down"},
     "timm.efficientformer_v2.ConvMlpWithNorm": {"fc1.conv": "up", "fc2.conv": "down"},
     "timm.efficientvim.FFN": {"fc1.conv": "up", "fc2.conv": "down"},
