@@ -716,8 +716,8 @@ def judge_model(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> Verd
     return verdict
 
 
-def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
-    """Every model type of both mappings."""
+def model_types(only: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """Every model type of both mappings: what to call it, its name, and its auto class."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto
 
@@ -729,19 +729,37 @@ def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
         (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     ):
         for model_type in known:
-            if only and model_type not in only:
-                continue
-            name = f"{auto.__name__.removeprefix('AutoModelFor')} {model_type}"
-            yield (
-                name,
-                _guarded(
-                    lambda model_type=model_type, auto=auto: judge_model(
-                        small_transformer(model_type, auto),
-                        [{"input_ids": tokens(seed)} for seed in (1, 2)],
-                    ),
-                    bool(only),
-                ),
-            )
+            if not only or model_type in only:
+                yield f"{auto.__name__.removeprefix('AutoModelFor')} {model_type}", model_type, auto
+
+
+def smallest_with_attention(only: list[str]) -> list[tuple[str, str]]:
+    """Every class of attention layer in timm, and the smallest model that has it."""
+    import timm
+
+    from torch_worm_optim.selectors.attention import attention_blocks
+
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in only or timm.list_models():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        for path, module in model.named_modules():
+            if attention_blocks(path, module, {}):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                smallest[kind] = min(smallest.get(kind, (size, name)), (size, name))
+    return [(kind, name) for kind, (_, name) in sorted(smallest.items())]
+
+
+def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
+    """Every model type of both mappings."""
+    for what, model_type, auto in model_types(only):
+
+        def build(model_type: str = model_type, auto: Any = auto) -> Verdict:
+            model = small_transformer(model_type, auto)
+            return judge_model(model, [{"input_ids": tokens(seed)} for seed in (1, 2)])
+
+        yield what, _guarded(build, bool(only))
 
 
 def of_further(only: list[str]) -> Iterator[tuple[str, Verdict]]:
@@ -764,19 +782,8 @@ def of_timm(only: list[str]) -> Iterator[tuple[str, Verdict]]:
     """The smallest timm model for every class of attention layer that any has."""
     import timm
 
-    from torch_worm_optim.selectors.attention import attention_blocks
-
     timm.layers.set_fused_attn(False)
-    smallest: dict[str, tuple[int, str]] = {}
-    for name in only or timm.list_models():
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        for path, module in model.named_modules():
-            if attention_blocks(path, module, {}):
-                kind = f"{type(module).__module__}.{type(module).__name__}"
-                smallest[kind] = min(smallest.get(kind, (size, name)), (size, name))
-    for kind, (_, name) in sorted(smallest.items()):
+    for kind, name in smallest_with_attention(only):
 
         def build(name: str = name) -> Verdict:
             torch.manual_seed(0)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from attention_maps import make_attentive_
-from every_attention import SPECIAL, small_transformer, tokens
+from every_attention import SPECIAL, model_types, small_transformer, tokens
 from torch import Tensor, nn
 
 from torch_worm_optim import FeedForwardSelector, Representative
@@ -341,28 +341,15 @@ def _first(output: object) -> Tensor:
 
 def of_transformers(only: list[str]) -> Iterator[tuple[str, Verdict]]:
     """Every model type of both mappings."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers.models.auto import modeling_auto
+    for what, model_type, auto in model_types(only):
 
-    for auto, known in (
-        (
-            AutoModelForSequenceClassification,
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        ),
-        (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    ):
-        for model_type in known:
-            if only and model_type not in only:
-                continue
+        def build(model_type: str = model_type, auto: object = auto) -> Verdict:
+            model = small_transformer(model_type, auto)
+            ids = tokens(1)
+            run = torch.no_grad()(lambda: model(input_ids=ids).logits)
+            return judge_model(model, run)
 
-            def build(model_type: str = model_type, auto: object = auto) -> Verdict:
-                model = small_transformer(model_type, auto)
-                ids = tokens(1)
-                run = torch.no_grad()(lambda: model(input_ids=ids).logits)
-                return judge_model(model, run)
-
-            name = f"{auto.__name__.removeprefix('AutoModelFor')} {model_type}"
-            yield name, _guarded(build, bool(only))
+        yield what, _guarded(build, bool(only))
 
 
 def of_timm(only: list[str]) -> Iterator[tuple[str, Verdict]]:

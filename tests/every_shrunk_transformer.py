@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from every_attention import small_transformer, tokens
+from every_attention import model_types, small_transformer, smallest_with_attention, tokens
 from torch import Tensor, nn
 
 from torch_worm_optim import FeedForwardSelector, QueryKeySelector, Representative
@@ -180,55 +180,31 @@ def without_dropout(config: Any) -> None:
 
 def of_transformers(only: list[str]) -> Iterator[tuple[str, Outcome]]:
     """Every model type of both mappings."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers.models.auto import modeling_auto
+    for what, model_type, auto in model_types(only):
 
-    for auto, known in (
-        (
-            AutoModelForSequenceClassification,
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        ),
-        (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    ):
-        for model_type in known:
-            if only and model_type not in only:
-                continue
+        def work(model_type: str = model_type, auto: Any = auto) -> Outcome:
+            try:
+                model = small_transformer(model_type, auto)
+                model(input_ids=tokens(1))
+            except Exception as error:  # whatever it wants that others do not
+                return Outcome("unbuilt", repr(error)[:200])
+            without_dropout(model.config)
+            kind, config = type(model), copy.deepcopy(model.config)
 
-            def work(model_type: str = model_type, auto: Any = auto) -> Outcome:
-                try:
-                    model = small_transformer(model_type, auto)
-                    model(input_ids=tokens(1))
-                except Exception as error:  # whatever it wants that others do not
-                    return Outcome("unbuilt", repr(error)[:200])
-                without_dropout(model.config)
-                kind, config = type(model), copy.deepcopy(model.config)
+            def fresh() -> nn.Module:
+                return kind(config)
 
-                def fresh() -> nn.Module:
-                    return kind(config)
+            generates = "CausalLM" in auto.__name__
+            return try_one(fresh().eval(), {"input_ids": tokens(1)}, fresh, generates)
 
-                model = fresh().eval()
-                generates = auto is AutoModelForCausalLM
-                return try_one(model, {"input_ids": tokens(1)}, fresh, generates)
-
-            yield f"{auto.__name__.removeprefix('AutoModelFor')} {model_type}", _guarded(work, only)
+        yield what, _guarded(work, only)
 
 
 def of_timm(only: list[str]) -> Iterator[tuple[str, Outcome]]:
     """The smallest timm model for every class of attention layer that any has."""
     import timm
 
-    from torch_worm_optim.selectors.attention import attention_blocks
-
-    smallest: dict[str, tuple[int, str]] = {}
-    for name in only or timm.list_models():
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        for path, module in model.named_modules():
-            if attention_blocks(path, module, {}):
-                kind = f"{type(module).__module__}.{type(module).__name__}"
-                smallest[kind] = min(smallest.get(kind, (size, name)), (size, name))
-    for kind, (_, name) in sorted(smallest.items()):
+    for kind, name in smallest_with_attention(only):
 
         def work(name: str = name) -> Outcome:
             def fresh() -> nn.Module:

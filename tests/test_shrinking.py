@@ -727,7 +727,7 @@ def filled_through(view: Callable[[Tensor], Tensor]) -> Callable[[Blind, Tensor,
 
     def between(self: Blind, x: Tensor, mask: Tensor) -> Tensor:
         hidden = self.first(x)
-        view(hidden).masked_fill_(view(mask[..., None].expand_as(hidden).clone()), -1.0)
+        view(hidden).masked_fill_(view(mask)[..., None], -1.0)
         return hidden
 
     return between

@@ -34,7 +34,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
-def is_resizable(module: nn.Module) -> bool:
+def _is_resizable(module: nn.Module) -> bool:
     """Whether a module works with parameters of other sizes once :meth:`Sizes.fit` has run."""
     kinds = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU, nn.Embedding)
     return isinstance(module, kinds) or is_conv1d(module)
@@ -54,7 +54,7 @@ def states_its_size(module: nn.Module) -> bool:
         (True, False)
     """
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
-    return kinds[0] is not nn.Module and not is_resizable(module)
+    return kinds[0] is not nn.Module and not _is_resizable(module)
 
 
 class _Attention(NamedTuple):
@@ -98,12 +98,12 @@ class Sizes:
             (module, {key: vars(module)[key] for key in names if _is_size(vars(module).get(key))})
             for module in model.modules()
             for names in [(*_HEADS, *_CHANNELS) if id(module) in attention else _SIZES]
-            if id(module) in attention or is_resizable(module)
+            if id(module) in attention or _is_resizable(module)
         ]
 
     def fit(self) -> None:
         """Have modules say of their sizes what their parameters are."""
-        tell_compiler(self._model)
+        _tell_compiler(self._model)
         for module in self._model.modules():
             _fit(module)
         said = {id(module): sizes for module, sizes in self._attributes}
@@ -115,10 +115,10 @@ class Sizes:
         for module, sizes in self._attributes:
             for key, value in sizes.items():
                 setattr(module, key, value)
-        tell_compiler(self._model)
+        _tell_compiler(self._model)
 
 
-def tell_compiler(model: nn.Module) -> None:
+def _tell_compiler(model: nn.Module) -> None:
     """Have torch.compile look at the shapes of parameters and buffers again.
 
     It does so, in torch 2.11 at least, only for modules whose dicts of them have changed.

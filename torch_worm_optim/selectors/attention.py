@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -26,6 +26,7 @@ from torch_worm_optim.selectors.layouts import (
     TWO_MAPS,
     WITHOUT_MAP,
     Layouts,
+    layouts_by_class,
 )
 
 _QUERIES = ("q", "qk")
@@ -142,12 +143,7 @@ class QueryKeySelector(JoinableSelector):
                 blocks = [
                     b for b in blocks if not b.is_bias and (b.label != "latent" or self.value)
                 ]
-            for block in blocks:
-                if id(block.parameter) not in names:
-                    raise ValueError(
-                        f"{block.path!r} of {path!r} ({type(module).__name__}) is computed from "
-                        "other parameters. Name those: ParameterSelector(...)."
-                    )
+            refuse_computed(path, module, blocks, names)
             if self.granularity == "entry":
                 chosen = [
                     _as_entries(run, names[id(run.parameter)]) for run in _joined_runs(blocks)
@@ -262,6 +258,28 @@ class QueryKeySelector(JoinableSelector):
         )
 
 
+def refuse_computed(
+    path: str, module: nn.Module, blocks: Sequence[Block], names: Mapping[int, str]
+) -> None:
+    """Raise for a block whose weight is no parameter, as one that is parametrised.
+
+    Args:
+        path: The module's path in its model.
+        module: The module.
+        blocks: What was found in it.
+        names: Names of the model's parameters by their ids.
+
+    Raises:
+        ValueError: If a block's weight is not among them.
+    """
+    for block in blocks:
+        if id(block.parameter) not in names:
+            raise ValueError(
+                f"{block.path!r} of {path or 'the model'!r} ({type(module).__name__}) is computed "
+                "from other parameters. Name those: ParameterSelector(...)."
+            )
+
+
 def attention_blocks(path: str, module: nn.Module, layouts: Mapping[str, Layouts]) -> list[Block]:
     """What the weights and biases of one attention layer make, block by block.
 
@@ -310,14 +328,9 @@ def attention_blocks(path: str, module: nn.Module, layouts: Mapping[str, Layouts
 
 def _layouts_of(module: nn.Module, layouts: Mapping[str, Layouts]) -> Layouts | None:
     """The layouts of a module: the user's, the table's by class, or those that its names tell."""
-    for kind in type(module).__mro__:
-        if kind.__name__ in layouts:
-            return layouts[kind.__name__]
-    for kind in type(module).__mro__:
-        package, file = kind.__module__.partition(".")[0], kind.__module__.rpartition(".")[2]
-        for key in (f"{package}.{file}.{kind.__name__}", f"{package}.{kind.__name__}"):
-            if key in BY_CLASS:
-                return BY_CLASS[key]
+    known = layouts_by_class(module, layouts, BY_CLASS)
+    if known is not None:
+        return known
     if WITHOUT_MAP.search(type(module).__name__):
         return {}
     found: dict[str, Any] = {}

@@ -69,6 +69,8 @@ class Representative:
             dimension; dimensions left out have one. ``()`` ranks every entry on its own.
         partners: Further entries that make up the same units and are ranked with them, as the query
             rows and the key rows of a head do; each with as many units.
+        group: Which of the selectors of a union found it, counted from 0; ``scope="selector"``
+            ranks each group by itself.
 
     Example:
         The query and key rows of a fused projection of width 64, and the same for a layout that

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_worm_optim.selectors.attention import Block, parameters_at, parse_layout
+from torch_worm_optim.selectors.attention import (
+    Block,
+    parameters_at,
+    parse_layout,
+    refuse_computed,
+)
 from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
-from torch_worm_optim.selectors.layouts import Layouts
+from torch_worm_optim.selectors.layouts import Layouts, layouts_by_class
 
 # A layout says what the output features of each weight are, in the notation of `layouts.py`: ``up``
 # and ``gate`` make the hidden units, ``between`` does something to each of them alone on the way to
@@ -184,12 +189,7 @@ class FeedForwardSelector(JoinableSelector):
         found: dict[str, Representative] = {}  # a block that two layers share is selected once
         for path, module, layout in self._understood(model):
             blocks = feed_forward_blocks(path, module, layout)
-            for block in blocks:
-                if id(block.parameter) not in names:
-                    raise ValueError(
-                        f"{block.path!r} of {path!r} ({type(module).__name__}) is computed from "
-                        "other parameters. Name those: ParameterSelector(...)."
-                    )
+            refuse_computed(path, module, blocks, names)
             parts = [(block, _as_units(block, names[id(block.parameter)])) for block in blocks]
             ranked = [part for b, part in parts if b.label != "between" and not b.is_bias]
             others = [part for b, part in parts if b.label == "between" or b.is_bias]
@@ -321,14 +321,9 @@ def _layouts_of(
 
     None where nothing is known of it, and no layouts where it is known to be no block.
     """
-    for kind in type(module).__mro__:
-        if kind.__name__ in layouts:
-            return [layouts[kind.__name__]]
-    for kind in type(module).__mro__:
-        package, file = kind.__module__.partition(".")[0], kind.__module__.rpartition(".")[2]
-        for key in (f"{package}.{file}.{kind.__name__}", f"{package}.{kind.__name__}"):
-            if key in _BY_CLASS:
-                return [_BY_CLASS[key]]
+    known = layouts_by_class(module, layouts, _BY_CLASS)
+    if known is not None:
+        return [known]
     holder, _, name = path.rpartition(".")
     kinds = [type(module).__name__, *([type(modules[holder]).__name__] if path else [])]
     if _OTHERWISE.search(kinds[0]) or any(_WEIGHTS.search(text) for text in (*kinds, name)):

@@ -396,3 +396,33 @@ HEAD_WIDTHS = (
     "dim_head",
 )
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+
+
+def layouts_by_class(
+    module: Any, stated: Mapping[str, Layouts], table: Mapping[str, Layouts]
+) -> Layouts | None:
+    """The layouts that are stated for a module's class or one above it, or that a table has.
+
+    Args:
+        module: The module.
+        stated: Layouts by the name of a class, which come first.
+        table: Layouts by package and name of a class, for timm with the file between them.
+
+    Returns:
+        The layouts, or None if there are none for it.
+
+    Example:
+        >>> from torch import nn
+        >>> layouts_by_class(nn.Linear(2, 6), {}, {"torch.Linear": {"weight": "q k v"}})
+        {'weight': 'q k v'}
+    """
+    kinds = type(module).__mro__
+    for kind in kinds:
+        if kind.__name__ in stated:
+            return stated[kind.__name__]
+    for kind in kinds:
+        package, file = kind.__module__.partition(".")[0], kind.__module__.rpartition(".")[2]
+        for key in (f"{package}.{file}.{kind.__name__}", f"{package}.{kind.__name__}"):
+            if key in table:
+                return table[key]
+    return None
