@@ -284,7 +284,7 @@ def parametrized():
             lambda: Block(nn.Softplus(), fc1=nn.Linear(6, 10), fc2=nn.Linear(10, 6)),
             r"'act' \(Softplus\)",
         ),
-        (parametrized, r"'fc1\.weight' of '' \(Block\) is computed from other parameters"),
+        (parametrized, r"'fc1\.weight' of 'the model' \(Block\) is computed from other parameters"),
         (lambda: nn.Linear(2, 2), "found no feed-forward block in Linear"),
         # A head: it ends in classes, and its names are none of a block.
         (lambda: Odd(dense=nn.Linear(6, 6), out_proj=nn.Linear(6, 3)), "found no .* in Odd"),
