@@ -16,7 +16,7 @@ from torch_worm_optim.shrinking import ShrinkReport as ShrinkReport
 from torch_worm_optim.shrinking import load_shrunk_ as load_shrunk_
 from torch_worm_optim.shrinking import shrink_ as shrink_
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchNormSelector",
