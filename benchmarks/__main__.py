@@ -285,7 +285,7 @@ def table(rows: list[dict[str, object]]) -> str:
             for key, value in row.items()
             if key != "work" and value is not None
         ]
-        lines.append(f"{row['work']:52}" + ", ".join(cells))
+        lines.append(f"{row['work']:52}  " + ", ".join(cells))
     return "\n".join(lines)
 
 

@@ -39,25 +39,30 @@ ROWS = FeedForwardSelector()
 Networks = dict[str, tuple[nn.Module, ShrinkReport | None]]
 
 
-def resnet18() -> nn.Module:
+def resnet18(width: float = 1) -> nn.Module:
     """ResNet-18 whose stem leaves the resolution of small images alone."""
-    model = timm.create_model("resnet18", num_classes=10, zero_init_last=False)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    channels = tuple(int(n * width) for n in (64, 128, 256, 512))
+    model = timm.create_model("resnet18", num_classes=10, zero_init_last=False, channels=channels)
+    # timm's stem has 64 channels whatever the width.
+    n, block = channels[0], model.layer1[0]
+    model.conv1, model.bn1 = nn.Conv2d(3, n, 3, padding=1, bias=False), nn.BatchNorm2d(n)
+    block.conv1, block.downsample = nn.Conv2d(n, n, 3, padding=1, bias=False), None
     model.maxpool = nn.Identity()
     return model
 
 
-def vgg11() -> nn.Module:
+def vgg11(width: float = 1) -> nn.Module:
     """VGG-11 with BatchNorm and one linear layer, as it is used for CIFAR-10."""
     layers: list[nn.Module] = []
     before = 3
-    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
-        if width == 0:
+    for n in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+        if n == 0:
             layers.append(nn.MaxPool2d(2))
             continue
-        layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        before = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+        after = int(n * width)
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        before = after
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, 10))
 
 
 def zero_channels(model: nn.Module, share: float) -> None:

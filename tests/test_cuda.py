@@ -14,7 +14,13 @@ from test_shrinking import Residual, Sequence, tensors_of, zero_channels
 from torch import nn
 from training import SCALES, loss_of, same, small_cnn, train, weights_of
 
-from torch_worm_optim import Phase, WormOptimizer, load_shrunk_
+from torch_worm_optim import (
+    FeedForwardSelector,
+    Phase,
+    QueryKeySelector,
+    WormOptimizer,
+    load_shrunk_,
+)
 from torch_worm_optim.movement import fingerprint
 from torch_worm_optim.shrinking import shrink_
 
@@ -113,6 +119,69 @@ def test_outputs_stay(make, memory_format, scatter, autocast):
             tolerance = 0.1 if autocast else 1e-4
             for a, b in zip(*outputs, strict=True):
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def bert():
+    """Two small layers of BERT, as its library attends on a device, and what it reads."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    tokens = torch.randint(50, (3, 10), device="cuda")
+    return transformers.BertForSequenceClassification(config), {"input_ids": tokens}
+
+
+def vit():
+    """Two small layers of timm's vision transformer, and what it sees."""
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **options)
+    return model, {"x": torch.randn(3, 3, 32, 32, device="cuda")}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("make", [bert, vit])
+def test_a_transformer_is_searched_and_shrunk(make, autocast):
+    """Masks are those of a CPU, heads and rows are cut out, and what it computes stays."""
+    model, batch = make()
+    selector = FeedForwardSelector() | QueryKeySelector(value=True, granularity="head")
+    masks = []
+    for each in (copy.deepcopy(model), model.cuda()):
+        adamw = torch.optim.AdamW(each.parameters(), 1e-3)
+        options = {"window": 2, "stopping_point": 1.0, "scope": "selector", "sample_every": None}
+        opt = WormOptimizer(adamw, each, selector, truncate="update", **options)
+        opt.sample()
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter.mul_(1.5)  # A mask of what has not moved is none.
+        opt.sample()
+        masks.append({name: mask.cpu() for name, mask in opt.final_mask.items()})
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(masks[0][name], mask) for name, mask in masks[1].items())
+
+    def output():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            result = model(**batch)
+        return getattr(result, "logits", result)
+
+    output().float().square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+    opt.prune()
+    expected = output()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        report = opt.shrink(**batch)
+    assert report.parameters[1] < report.parameters[0]
+    tolerance = 2e-2 if autocast else 1e-5
+    torch.testing.assert_close(output(), expected, rtol=tolerance, atol=tolerance)
+    output().float().square().mean().backward()
+    opt.step()
 
 
 def test_a_step_after_each_replay_of_a_graph_is_a_step():

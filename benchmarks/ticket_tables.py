@@ -1,0 +1,213 @@
+"""Tables and pictures of what ``benchmarks.tickets`` measured.
+
+    python -m benchmarks.ticket_tables runs/tickets
+    python -m benchmarks.ticket_tables runs/tickets --pictures docs/images/tickets
+
+Numbers are means over seeds, with standard deviations. *Equal seconds* are those of the method of a
+case that needs the fewest for all epochs: each method's accuracy is the mean of its last three
+epochs that end by then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Cell = Callable[[Row, Row, float], float | None]  # of a method, dense training, equal seconds
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All cases in a folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def ends(row: Row) -> list[float]:
+    """Seconds at the end of each epoch, those of shrinking included."""
+    seconds = list(row["seconds"])
+    if row.get("shrunk at epoch", len(seconds)) < len(seconds):
+        seconds[row["shrunk at epoch"]] += row["seconds of shrinking"]
+    return list(itertools.accumulate(seconds))
+
+
+def last_three(accuracies: list[float]) -> float:
+    """Their mean."""
+    return statistics.mean(accuracies[-3:])
+
+
+def at_seconds(row: Row, seconds: float) -> float:
+    """The mean accuracy of the last three epochs that end by then."""
+    n = sum(end <= seconds for end in ends(row))
+    return last_three(row["accuracies"][:n])
+
+
+def per_epoch(row: Row, when: slice) -> float | None:
+    """Median seconds of some epochs."""
+    return statistics.median(row["seconds"][when]) if row["seconds"][when] else None
+
+
+def reached(row: Row, accuracy: float) -> float | None:
+    """Seconds to the first epoch of such an accuracy; after shrinking if it is shrunk."""
+    first = row.get("shrunk at epoch", 0)
+    pairs = list(zip(row["accuracies"], ends(row), strict=True))[first:]
+    return next((end for each, end in pairs if each >= accuracy), None)
+
+
+CELLS: dict[str, Cell] = {
+    "epoch of the ticket": lambda row, dense, t: row.get("ticket epoch"),
+    "accuracy before pruning, %": lambda row, dense, t: row.get("before pruning"),
+    "after pruning, %": lambda row, dense, t: row.get("after pruning"),
+    "the same, BatchNorm recomputed, %": lambda row, dense, t: row.get("BatchNorm recomputed"),
+    "at equal epochs, last three, %": lambda row, dense, t: last_three(row["accuracies"]),
+    "at equal seconds, last three, %": lambda row, dense, t: at_seconds(row, t),
+    "thousand parameters": lambda row, dense, t: row["parameters"][1] / 1e3,
+    "million multiplications": lambda row, dense, t: row["MACs"][1] / 1e6,
+    "fewest channels kept in a layer": lambda row, dense, t: min(n for n, _ in row["kept"]),
+    "seconds an epoch before": lambda row, dense, t: per_epoch(row, slice(row.get("ticket epoch"))),
+    "seconds an epoch after": lambda row, dense, t: per_epoch(
+        row, slice(row["shrunk at epoch"], None)
+    ),
+    "seconds in all, of dense": lambda row, dense, t: ends(row)[-1] / ends(dense)[-1],
+    "seconds to dense - 1 point, of dense": lambda row, dense, t: (
+        found / ends(dense)[-1]
+        if (found := reached(row, last_three(dense["accuracies"]) - 1))
+        else None
+    ),
+}
+
+
+def cells(case: dict[str, Any], method: str) -> dict[str, float]:
+    """What is known of a method in a case; of training on only if it went to its end."""
+    rows = case["methods"]
+    row, dense = rows[method], rows.get("dense", {})
+    complete = {name: each for name, each in rows.items() if each.get("complete")}
+    equal = min((ends(each)[-1] for each in complete.values()), default=0.0)
+    known = {}
+    for name, cell in CELLS.items():
+        needs_end = any(word in name for word in ("equal", "after", "in all", "to dense"))
+        if needs_end and method not in complete and not name.startswith("after pruning"):
+            continue
+        try:
+            value = cell(row, dense, equal)
+        except KeyError:  # a dense network has no ticket, and some runs no dense network
+            continue
+        if value is not None:
+            known[name] = value
+    return known
+
+
+def text(values: list[float], n: int) -> str:
+    """Mean and deviation, and how many there are if not all."""
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    form = ".0f" if abs(mean) >= 1000 else ".1f" if abs(mean) >= 100 else ".2f"
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean:{form}}{spread}" + (f" ({len(values)} of {n})" if len(values) < n else "")
+
+
+def groups(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Cases that differ in the seed alone, by a title."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        l1 = f", L1 {case['l1']:g}" if case["l1"] else ""
+        options = {"prune_ratio": "0.5", "scope": "global", "min_keep": "0", "scatter": "False"}
+        other = "".join(
+            f", {name} {case['settings'][name]}"
+            for name, default in options.items()
+            if float_or_text(case["settings"].get(name, default)) != float_or_text(default)
+        )
+        title = f"{case['model']}, momentum {case['momentum']:g}{l1}{other}"
+        found.setdefault(title, []).append(case)
+    return found
+
+
+def float_or_text(value: str) -> float | str:
+    """0 and 0.0 are the same."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def tables(cases: list[dict[str, Any]]) -> str:
+    """Markdown, a table for each group."""
+    parts = []
+    for title, group in groups(cases).items():
+        names = list(dict.fromkeys(name for case in group for name in case["methods"]))
+        known = {
+            name: [cells(case, name) for case in group if name in case["methods"]] for name in names
+        }
+        lines = [f"{title}, seeds {', '.join(str(case['seed']) for case in group)}", ""]
+        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for cell in CELLS:
+            values = [[each[cell] for each in known[name] if cell in each] for name in names]
+            if any(values):
+                texts = [text(each, len(group)) for each in values]
+                lines.append(f"| {cell} | " + " | ".join(texts) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def picture(title: str, group: list[dict[str, Any]], path: Path) -> None:
+    """Largest distances over epochs, and accuracies over epochs and over seconds."""
+    import matplotlib as mpl
+    import numpy as np
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    colors = {"dense": "0.3", "EB Train": "tab:orange", "WORM": "tab:blue", "random": "tab:green"}
+    for name, color in colors.items():
+        rows = [case["methods"][name] for case in group if name in case["methods"]]
+        rows = [row for row in rows if row.get("complete")]
+        if not rows:
+            continue
+        accuracies = np.array([row["accuracies"] for row in rows])
+        epochs = np.arange(1, accuracies.shape[1] + 1)
+        seconds = np.mean([ends(row) for row in rows], 0)
+        for panel, x in ((panels[1], epochs), (panels[2], seconds)):
+            panel.plot(x, accuracies.mean(0), color=color, label=name)
+            low, high = accuracies.min(0), accuracies.max(0)
+            panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        if name in ("EB Train", "WORM"):
+            for row in rows:
+                points = [(i, max(d)) for i, d in enumerate(row["distances"], 1) if d]
+                label = name if row is rows[0] else None
+                panels[0].plot(*zip(*points, strict=True), ".-", color=color, label=label)
+                panels[0].plot(*points[-1], "*", color=color, markersize=13)
+    stop = float(group[0]["settings"]["stopping_point"])
+    panels[0].axhline(stop, color="0.3", linewidth=1)
+    panels[0].set(xlabel="epoch", ylabel="largest mask distance", xlim=(0, None), ylim=(0, None))
+    panels[1].set(xlabel="epoch", ylabel="test accuracy, %")
+    panels[2].set(xlabel="seconds of training", ylabel="test accuracy, %")
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8)
+    figure.suptitle(f"{title}, {len(group)} seeds")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Print the tables, and draw if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs/tickets")])
+    parser.add_argument("--pictures", metavar="PREFIX", help="draw, into files that begin so")
+    args = parser.parse_args()
+    cases = [case for folder in args.folders for case in read(folder)]
+    print(tables(cases))
+    for title, group in groups(cases).items() if args.pictures else ():
+        picture(
+            title, group, Path(f"{args.pictures}_{title.replace(', ', '_').replace(' ', '')}.png")
+        )
+
+
+if __name__ == "__main__":
+    main()
