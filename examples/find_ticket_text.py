@@ -249,11 +249,14 @@ def batches(n_examples: int, size: int, generator: torch.Generator) -> Iterator[
 
 
 def train(
-    args, task, model, opt, stream: Iterator[Tensor], n_steps: int, losses: list, bar: tqdm
-) -> list[float]:
-    """The loop that everybody writes; it ends early at a ticket. Returns the steps' seconds."""
+    args, task, model, opt, stream, n_steps: int, losses: list, seconds: list, bar: tqdm, name: str
+) -> None:
+    """The loop that everybody writes; it ends early at a ticket, and adds each step to the lists.
+
+    Losses are all those of the network, so that they count its epochs; seconds are the bar's.
+    """
+    steps = len(task) // args.batch_size
     searching = not getattr(opt, "converged", True)
-    seconds = []
     for chosen in itertools.islice(stream, n_steps):
         start = time.perf_counter()
         opt.zero_grad()
@@ -264,9 +267,15 @@ def train(
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         bar.update()
+        if len(losses) % steps == 0:
+            line = f"epoch {len(losses) // steps}: loss {statistics.fmean(losses[-steps:]):.3f}"
+            if searching and opt.history and opt.history[-1].distances:
+                line += f", largest distance {opt.history[-1].max_distance:.3f}"
+            bar.set_postfix_str(line)
+            if bar.disable:  # nobody looks at a terminal
+                print(f"{name}, {line}, {sum(seconds):.1f} s", flush=True)
         if searching and opt.converged:
             break
-    return seconds
 
 
 def begin(args, task, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[Tensor]]:
@@ -302,9 +311,12 @@ def search(args, task, method: str, truncate: str, seed: int) -> tuple:
             trigger=args.trigger,
         )
     losses: list[float] = []
+    seconds: list[float] = []
+    name = f"seed {seed}, {method}: search"
     start = time.perf_counter()
-    with tqdm(desc=f"seed {seed}, {method}: search", unit="step", disable=None) as bar:
-        seconds = train(args, task, model, opt, stream, args.max_epochs * steps, losses, bar)
+    with tqdm(desc=name, unit="step", disable=None) as bar:
+        n_steps = args.max_epochs * steps
+        train(args, task, model, opt, stream, n_steps, losses, seconds, bar, name)
     run = Run(
         method=method,
         seed=seed,
@@ -346,10 +358,11 @@ def retrain(args, task, model, opt, stream: Iterator[Tensor], run: Run, total: i
         "at equal epochs": total - len(run.losses),
     }
     seconds: list[float] = []
-    with tqdm(desc=f"seed {run.seed}, {run.method}: retrain", unit="step", disable=None) as bar:
+    name = f"seed {run.seed}, {run.method}: retrain"
+    with tqdm(desc=name, unit="step", disable=None) as bar:
         for what, n_steps in goals.items():
             left = n_steps - len(seconds)
-            seconds += train(args, task, model, opt, stream, left, run.losses, bar)
+            train(args, task, model, opt, stream, left, run.losses, seconds, bar, name)
             run.scores[what] = task.evaluate(model)
     if args.select in UNITS:
         after = sizes(model, seconds[-steps:])
@@ -361,8 +374,10 @@ def train_dense(args, task, seed: int, total: int) -> Run:
     model, adamw, stream = begin(args, task, seed)
     steps = len(task) // args.batch_size
     losses: list[float] = []
-    with tqdm(desc=f"seed {seed}, dense", unit="step", disable=None) as bar:
-        seconds = train(args, task, model, adamw, stream, total, losses, bar)
+    seconds: list[float] = []
+    name = f"seed {seed}, dense"
+    with tqdm(desc=name, unit="step", disable=None) as bar:
+        train(args, task, model, adamw, stream, total, losses, seconds, bar, name)
     return Run(
         "dense",
         seed,

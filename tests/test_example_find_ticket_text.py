@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -50,3 +51,27 @@ def test_searches_stand_beside_dense_training(select, scope, tmp_path, monkeypat
         assert 0.5 * before < after < 0.6 * before
         assert "zero channels: 896 of 896 gone" in said
     assert all((tmp_path / name).exists() for name in ("trajectory.png", "losses.png"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of so short a search some layers keep next to nothing
+def test_without_a_terminal_each_epoch_has_a_line(tmp_path, monkeypatch, capsys):
+    """Whoever reads a log sees how far each training is before it ends."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import find_ticket_text
+
+    # An epoch has three steps here, so that the ticket is found at the end of the first.
+    arguments = ["find_ticket_text.py", *SMALL, "--window=3", f"--out={tmp_path}", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    find_ticket_text.main()
+    said = capsys.readouterr().out.splitlines()
+    epochs = [line.partition(": loss ")[0] for line in said if ": loss " in line]
+    assert epochs == [
+        "seed 0, EB Train: search, epoch 1",
+        "seed 0, WORM: search, epoch 1",
+        "seed 0, EB Train: retrain, epoch 2",
+        "seed 0, WORM: retrain, epoch 2",
+        "seed 0, dense, epoch 1",
+        "seed 0, dense, epoch 2",
+    ]
+    searches = [line for line in said if ": search, " in line]
+    assert all(re.search(r"largest distance 0\.\d{3}, \d+\.\d s$", line) for line in searches)
