@@ -324,6 +324,9 @@ def traffic(width: int) -> list[int]:
         stopping_point=0,
     )
     opt.sample()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2)  # of weights that nothing has moved no mask is drawn
     sent: list[int] = []
     collectives = torch.distributed.distributed_c10d
     reduce = collectives.all_reduce
