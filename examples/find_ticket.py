@@ -12,8 +12,9 @@ and what was gained.
 
 Needs `pip install "torch-worm-optim[examples]"`, and torchvision for downloading CIFAR-10 (timm
 brings it). Writes into --out, after each training: results.json, results.csv, WORM's ticket.pt, its
-shrunk network small.pt, masks.pt with all tickets, and at the end three pictures. Exits with 1 when
-a search runs out of epochs before its rule is met, with 2 when an argument is wrong.
+shrunk network small.pt, what it keeps of each layer as kept.png, masks.pt with all tickets, and at
+the end three more pictures. Exits with 1 when a search runs out of epochs before its rule is met,
+with 2 when an argument is wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from timm.models import VGG, ResNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_worm_optim import ShrinkReport, WormOptimizer, shrink_
+from torch_worm_optim import ShrinkReport, WormOptimizer, plot_kept, shrink_
 
 METHODS = ("dense", "EB Train", "WORM", "random ticket")
 # Channels and side of the images, of ten classes; epochs that leave some after the tickets.
@@ -278,7 +279,7 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int, prune_at
         run.sizes = {name: (before,) for name, (before, _) in sizes(counted).items()}
     if run.sizes:
         run.sizes["seconds, fastest epoch"] = fastest_epochs(run)
-    return run, model
+    return run, model, opt
 
 
 def prune_and_shrink(
@@ -339,10 +340,11 @@ def compare(args: argparse.Namespace, data: Data, runs: list[Run]) -> None:
             if method == "random ticket" and not eb_train.found:
                 continue  # there is no step to apply it at
             prune_at = eb_train.history[-1].step if method == "random ticket" else 0
-            run, model = train(args, data, method, seed, prune_at)
+            run, model, opt = train(args, data, method, seed, prune_at)
             if method == "WORM" and run.found and not (args.out / "small.pt").exists():
                 state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
                 torch.save(state, args.out / "small.pt")
+                plot_kept(opt).figure.savefig(args.out / "kept.png")
             runs.append(run)
             report.save(runs, args)
 
@@ -491,7 +493,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     runs = report.restore(args.out) if args.resume else []
     if not args.resume:
-        for name in ("results.json", "small.pt"):
+        for name in ("results.json", "small.pt", "kept.png"):
             (args.out / name).unlink(missing_ok=True)  # of another run
     compare(args, data, runs)
 

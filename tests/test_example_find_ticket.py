@@ -90,6 +90,8 @@ def test_it_writes_what_it_says_and_goes_on_after_a_break(
     assert ticket.keys() == masks["WORM, seed 0"].keys()
 
     lines = [line for line in said.splitlines() if line.startswith(("import", "model", "torch_"))]
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
     names: dict[str, torch.nn.Module] = {}
     exec("\n".join(lines), names)
     n = sum(parameter.numel() for parameter in names["model"].parameters())
