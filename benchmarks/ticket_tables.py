@@ -5,7 +5,7 @@
 
 Numbers are means over seeds, with standard deviations. *Equal seconds* are those of the method of a
 case that needs the fewest for all epochs: each method's accuracy is the mean of its last three
-epochs that end by then.
+epochs that end by then. *At equal epochs* it is that of the last three of all.
 """
 
 from __future__ import annotations
@@ -46,38 +46,42 @@ def at_seconds(row: Row, seconds: float) -> float:
     return last_three(row["accuracies"][:n])
 
 
-def per_epoch(row: Row, when: slice) -> float | None:
-    """Median seconds of some epochs."""
-    return statistics.median(row["seconds"][when]) if row["seconds"][when] else None
+def recovered(row: Row) -> int | None:
+    """Epochs from pruning to nine tenths of the accuracy before it."""
+    after = row["accuracies"][row["ticket epoch"] :]
+    return next((i for i, each in enumerate(after, 1) if each >= 0.9 * row["before pruning"]), None)
 
 
-def reached(row: Row, accuracy: float) -> float | None:
-    """Seconds to the first epoch of such an accuracy; after shrinking if it is shrunk."""
+def reached(row: Row, dense: Row) -> float | None:
+    """Seconds to dense training's last accuracy less a point, as a share of its seconds."""
     first = row.get("shrunk at epoch", 0)
     pairs = list(zip(row["accuracies"], ends(row), strict=True))[first:]
-    return next((end for each, end in pairs if each >= accuracy), None)
+    target = last_three(dense["accuracies"]) - 1
+    found = next((end for accuracy, end in pairs if accuracy >= target), None)
+    return found and found / ends(dense)[-1]
 
 
-CELLS: dict[str, Cell] = {
-    "epoch of the ticket": lambda row, dense, t: row.get("ticket epoch"),
-    "accuracy before pruning, %": lambda row, dense, t: row.get("before pruning"),
-    "after pruning, %": lambda row, dense, t: row.get("after pruning"),
-    "the same, BatchNorm recomputed, %": lambda row, dense, t: row.get("BatchNorm recomputed"),
-    "at equal epochs, last three, %": lambda row, dense, t: last_three(row["accuracies"]),
-    "at equal seconds, last three, %": lambda row, dense, t: at_seconds(row, t),
+AT_THE_TICKET: dict[str, Cell] = {
+    "epoch of the ticket": lambda row, dense, t: row["ticket epoch"],
+    "accuracy before pruning, %": lambda row, dense, t: row["before pruning"],
+    "after pruning, %": lambda row, dense, t: row["after pruning"],
+    "the same, BatchNorm recomputed, %": lambda row, dense, t: row["BatchNorm recomputed"],
+    "fewest channels kept in a layer": lambda row, dense, t: min(n for n, _ in row["kept"]),
     "thousand parameters": lambda row, dense, t: row["parameters"][1] / 1e3,
     "million multiplications": lambda row, dense, t: row["MACs"][1] / 1e6,
-    "fewest channels kept in a layer": lambda row, dense, t: min(n for n, _ in row["kept"]),
-    "seconds an epoch before": lambda row, dense, t: per_epoch(row, slice(row.get("ticket epoch"))),
-    "seconds an epoch after": lambda row, dense, t: per_epoch(
-        row, slice(row["shrunk at epoch"], None)
+}
+AT_THE_END: dict[str, Cell] = {
+    "epochs to 90 % of the accuracy before": lambda row, dense, t: recovered(row),
+    "accuracy at equal epochs, %": lambda row, dense, t: last_three(row["accuracies"]),
+    "accuracy at equal seconds, %": lambda row, dense, t: at_seconds(row, t),
+    "seconds an epoch before": lambda row, dense, t: statistics.median(
+        row["seconds"][: row.get("ticket epoch")]
+    ),
+    "seconds an epoch after": lambda row, dense, t: statistics.median(
+        row["seconds"][row["shrunk at epoch"] :]
     ),
     "seconds in all, of dense": lambda row, dense, t: ends(row)[-1] / ends(dense)[-1],
-    "seconds to dense - 1 point, of dense": lambda row, dense, t: (
-        found / ends(dense)[-1]
-        if (found := reached(row, last_three(dense["accuracies"]) - 1))
-        else None
-    ),
+    "seconds to dense - 1 point, of dense": lambda row, dense, t: reached(row, dense),
 }
 
 
@@ -85,13 +89,10 @@ def cells(case: dict[str, Any], method: str) -> dict[str, float]:
     """What is known of a method in a case; of training on only if it went to its end."""
     rows = case["methods"]
     row, dense = rows[method], rows.get("dense", {})
-    complete = {name: each for name, each in rows.items() if each.get("complete")}
-    equal = min((ends(each)[-1] for each in complete.values()), default=0.0)
+    complete = [each for each in rows.values() if each.get("complete")]
+    equal = min((ends(each)[-1] for each in complete), default=0.0)
     known = {}
-    for name, cell in CELLS.items():
-        needs_end = any(word in name for word in ("equal", "after", "in all", "to dense"))
-        if needs_end and method not in complete and not name.startswith("after pruning"):
-            continue
+    for name, cell in (AT_THE_TICKET | (AT_THE_END if row in complete else {})).items():
         try:
             value = cell(row, dense, equal)
         except KeyError:  # a dense network has no ticket, and some runs no dense network
@@ -120,19 +121,11 @@ def groups(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         other = "".join(
             f", {name} {case['settings'][name]}"
             for name, default in options.items()
-            if float_or_text(case["settings"].get(name, default)) != float_or_text(default)
+            if case["settings"].get(name, default) != default
         )
         title = f"{case['model']}, momentum {case['momentum']:g}{l1}{other}"
         found.setdefault(title, []).append(case)
     return found
-
-
-def float_or_text(value: str) -> float | str:
-    """0 and 0.0 are the same."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
 
 
 def tables(cases: list[dict[str, Any]]) -> str:
@@ -145,7 +138,7 @@ def tables(cases: list[dict[str, Any]]) -> str:
         }
         lines = [f"{title}, seeds {', '.join(str(case['seed']) for case in group)}", ""]
         lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for cell in CELLS:
+        for cell in AT_THE_TICKET | AT_THE_END:
             values = [[each[cell] for each in known[name] if cell in each] for name in names]
             if any(values):
                 texts = [text(each, len(group)) for each in values]
