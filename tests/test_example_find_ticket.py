@@ -88,10 +88,9 @@ def test_it_writes_what_it_says_and_goes_on_after_a_break(
     assert len(set(n_removed)) == 1  # the random ticket removes as many
     ticket = torch.load(tmp_path / "ticket.pt", weights_only=True)
     assert ticket.keys() == masks["WORM, seed 0"].keys()
-
-    lines = [line for line in said.splitlines() if line.startswith(("import", "model", "torch_"))]
     assert len(list(tmp_path.glob("*.png"))) == 4
 
+    lines = [line for line in said.splitlines() if line.startswith(("import", "model", "torch_"))]
     names: dict[str, torch.nn.Module] = {}
     exec("\n".join(lines), names)
     n = sum(parameter.numel() for parameter in names["model"].parameters())
