@@ -123,10 +123,11 @@ class WormOptimizer(OptimizerWrapper):
             (default: ``"gradient"``).
         trigger (str, optional): ``"distance"`` truncates from the trigger point on; ``"always"``
             from the first mask on (default: ``"distance"``).
-        ticket (dict, optional): A ticket that was found before, such as :attr:`ticket` of another
-            run: bool masks by parameter name, **True = kept**. It is applied now and held, and
-            the phase is ``PRUNED`` from the start. Nothing is searched, so the selector and all
-            arguments of the search are ignored (default: None).
+        ticket (dict, optional): A ticket that was found before, :attr:`ticket` of another run: bool
+            masks by parameter name, **True = kept**. With :attr:`final_mask` followers, such as the
+            shifts of BatchNorms, would stay, and their channels could not be cut out. It is applied
+            now and held, and the phase is ``PRUNED`` from the start. Nothing is searched, so the
+            selector and all arguments of the search are ignored (default: None).
 
     Raises:
         TypeError: If an argument is of the wrong kind.
