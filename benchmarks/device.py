@@ -5,7 +5,7 @@
     python -m benchmarks.device --parts training --seconds 480 --data-dir DIR
     python -m benchmarks.device --device cpu --seconds 60     # does it run at all; small networks
 
-Times are medians of device events, rivals in turns with ours. Training is that of
+Times are medians of device events; what is compared is timed in turns. Training is that of
 ``benchmarks.tickets``. Prints tables, and writes JSON after each part, and after
 each method of each training, so that a run that breaks off loses nothing.
 """
@@ -236,7 +236,7 @@ class Network:
     name: str
     make: Callable[[], nn.Module]
     inputs: Tensor
-    zero: Callable[[nn.Module, float], None]
+    zero: Callable[..., None]  # of a network and the share that goes
     kinds: dict[str, dict[str, Any]]  # how it is shrunk, by name
 
 
@@ -284,14 +284,14 @@ def transformers(quick: bool) -> list[Network]:
             f"BERT-base, 128 tokens, batch {tokens}",
             partial(Bert, 1 if quick else 12),
             torch.randint(1000, (tokens, 128)),
-            lambda model, share: zero(model, share=share),
+            zero,
             kinds,
         ),
         Network(
             f"ViT-B/16, 224 pixels, batch {images}",
             partial(vit, depth=1) if quick else vit,
             torch.randn(images, 3, 224, 224),
-            lambda model, share: zero(model, share=share),
+            zero,
             kinds,
         ),
     ]
@@ -309,7 +309,7 @@ def shrunk(
             torch.manual_seed(0)
             models = {"dense": network.make()}
             models["pruned"] = copy.deepcopy(models["dense"])
-            network.zero(models["pruned"], share)
+            network.zero(models["pruned"], share=share)
             for kind, options in network.kinds.items():
                 models[kind] = copy.deepcopy(models["pruned"]).to(device)
                 shrink_(models[kind], inputs[:1], **options)
@@ -365,7 +365,7 @@ def tests(device: torch.device) -> list[dict[str, object]]:
 
 def training(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     """The paper's setting, case after case for as long as there is time; a file for each."""
-    out = args.out.parent / "tickets"
+    out = args.out.with_suffix("")  # a folder of its own, beside the JSON
     options = ["--device", str(device), "--seconds", str(args.seconds), "--out", str(out)]
     if device.type == "cuda":
         options += ["--multiple-of", "8"]

@@ -81,7 +81,7 @@ def count(case: str, mesh_shape: tuple[int, ...]) -> dict[str, object]:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some cases have many equal weights
             for weight in net.parameters():
-                weight.mul_(2)  # of weights that nothing has moved no mask is drawn
+                weight.mul_(2)  # no mask is drawn unless a weight has changed
             opt.sample()
     dist.all_reduce = reduce
     assert opt.history[-1].distances

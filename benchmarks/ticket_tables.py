@@ -3,9 +3,10 @@
     python -m benchmarks.ticket_tables runs/tickets
     python -m benchmarks.ticket_tables runs/tickets --pictures docs/images/tickets
 
-Numbers are means over seeds, with standard deviations. *Equal seconds* are those of the method of a
-case that needs the fewest for all epochs: each method's accuracy is the mean of its last three
-epochs that end by then. *At equal epochs* it is that of the last three of all.
+Numbers are means over seeds, with standard deviations; methods of one seed share their training, so
+that differences are known better than the numbers. Seconds are those of median epochs. *At equal
+epochs* is the mean accuracy of the last three. *At equal seconds* it is that of the last three that
+end before the method of a case that needs the fewest seconds is through.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def ends(row: Row) -> list[float]:
-    """Seconds at the end of each epoch, those of shrinking included."""
-    seconds = list(row["seconds"])
-    if row.get("shrunk at epoch", len(seconds)) < len(seconds):
-        seconds[row["shrunk at epoch"]] += row["seconds of shrinking"]
+def ends(row: Row, dense: Row) -> list[float]:
+    """Seconds at the end of each epoch, of median epochs, since other programs slow some down."""
+    first = row.get("shrunk at epoch", len(row["seconds"]))
+    before = statistics.median(dense["seconds"])
+    after = row["seconds"][first:]
+    seconds = (
+        [before] * first + [statistics.median(after)] * len(after) if after else [before] * first
+    )
+    if after:
+        seconds[first] += row["seconds of shrinking"]
     return list(itertools.accumulate(seconds))
 
 
@@ -40,25 +46,25 @@ def last_three(accuracies: list[float]) -> float:
     return statistics.mean(accuracies[-3:])
 
 
-def at_seconds(row: Row, seconds: float) -> float:
+def at_seconds(row: Row, dense: Row, seconds: float) -> float:
     """The mean accuracy of the last three epochs that end by then."""
-    n = sum(end <= seconds for end in ends(row))
+    n = sum(end <= seconds for end in ends(row, dense))
     return last_three(row["accuracies"][:n])
 
 
 def recovered(row: Row) -> int | None:
-    """Epochs from pruning to nine tenths of the accuracy before it."""
-    after = row["accuracies"][row["ticket epoch"] :]
+    """Epochs from shrinking to nine tenths of the accuracy before pruning."""
+    after = row["accuracies"][row["shrunk at epoch"] :]
     return next((i for i, each in enumerate(after, 1) if each >= 0.9 * row["before pruning"]), None)
 
 
 def reached(row: Row, dense: Row) -> float | None:
-    """Seconds to dense training's last accuracy less a point, as a share of its seconds."""
-    first = row.get("shrunk at epoch", 0)
-    pairs = list(zip(row["accuracies"], ends(row), strict=True))[first:]
-    target = last_three(dense["accuracies"]) - 1
-    found = next((end for accuracy, end in pairs if accuracy >= target), None)
-    return found and found / ends(dense)[-1]
+    """Seconds until three epochs have dense training's last mean less a point, of its seconds."""
+    target, times = last_three(dense["accuracies"]) - 1, ends(row, dense)
+    for n in range(row.get("shrunk at epoch", 0) + 3, len(times) + 1):
+        if last_three(row["accuracies"][:n]) >= target:
+            return times[n - 1] / ends(dense, dense)[-1]
+    return None
 
 
 AT_THE_TICKET: dict[str, Cell] = {
@@ -73,14 +79,19 @@ AT_THE_TICKET: dict[str, Cell] = {
 AT_THE_END: dict[str, Cell] = {
     "epochs to 90 % of the accuracy before": lambda row, dense, t: recovered(row),
     "accuracy at equal epochs, %": lambda row, dense, t: last_three(row["accuracies"]),
-    "accuracy at equal seconds, %": lambda row, dense, t: at_seconds(row, t),
+    "the same less dense, points": lambda row, dense, t: (
+        last_three(row["accuracies"]) - last_three(dense["accuracies"])
+        if row is not dense
+        else None
+    ),
+    "accuracy at equal seconds, %": lambda row, dense, t: at_seconds(row, dense, t),
     "seconds an epoch before": lambda row, dense, t: statistics.median(
         row["seconds"][: row.get("ticket epoch")]
     ),
     "seconds an epoch after": lambda row, dense, t: statistics.median(
         row["seconds"][row["shrunk at epoch"] :]
     ),
-    "seconds in all, of dense": lambda row, dense, t: ends(row)[-1] / ends(dense)[-1],
+    "seconds in all, of dense": lambda row, dense, t: ends(row, dense)[-1] / ends(dense, dense)[-1],
     "seconds to dense - 1 point, of dense": lambda row, dense, t: reached(row, dense),
 }
 
@@ -90,12 +101,14 @@ def cells(case: dict[str, Any], method: str) -> dict[str, float]:
     rows = case["methods"]
     row, dense = rows[method], rows.get("dense", {})
     complete = [each for each in rows.values() if each.get("complete")]
-    equal = min((ends(each)[-1] for each in complete), default=0.0)
+    equal = min((ends(each, dense)[-1] for each in complete if dense in complete), default=0.0)
     known = {}
     for name, cell in (AT_THE_TICKET | (AT_THE_END if row in complete else {})).items():
         try:
             value = cell(row, dense, equal)
-        except KeyError:  # a dense network has no ticket, and some runs no dense network
+        except (KeyError, statistics.StatisticsError):
+            # A dense network has no ticket, some cases have no dense network, and some networks
+            # no epoch after the ticket.
             continue
         if value is not None:
             known[name] = value
@@ -114,17 +127,18 @@ def text(values: list[float], n: int) -> str:
 
 def groups(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Cases that differ in the seed alone, by a title."""
+    shown = ("width", "limit", "prune_ratio", "scope", "min_keep", "scatter", "epochs")
     found: dict[str, list[dict[str, Any]]] = {}
+    by_identity: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
-        l1 = f", L1 {case['l1']:g}" if case["l1"] else ""
-        options = {"prune_ratio": "0.5", "scope": "global", "min_keep": "0", "scatter": "False"}
-        other = "".join(
-            f", {name} {case['settings'][name]}"
-            for name, default in options.items()
-            if case["settings"].get(name, default) != default
-        )
-        title = f"{case['model']}, momentum {case['momentum']:g}{l1}{other}"
-        found.setdefault(title, []).append(case)
+        settings = {name: each for name, each in case["settings"].items() if name != "methods"}
+        identity = [case[name] for name in ("model", "momentum", "l1", "device", "torch")]
+        by_identity.setdefault(json.dumps([identity, settings]), []).append(case)
+    for group in by_identity.values():
+        case = group[0]
+        options = [f"{name} {case['settings'][name]}" for name in shown]
+        title = f"{case['model']}, momentum {case['momentum']:g}, L1 {case['l1']:g}, "
+        found[title + ", ".join(options)] = group
     return found
 
 
@@ -158,13 +172,17 @@ def picture(title: str, group: list[dict[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     colors = {"dense": "0.3", "EB Train": "tab:orange", "WORM": "tab:blue", "random": "tab:green"}
     for name, color in colors.items():
-        rows = [case["methods"][name] for case in group if name in case["methods"]]
-        rows = [row for row in rows if row.get("complete")]
+        pairs = [
+            (each[name], each["dense"])
+            for each in (case["methods"] for case in group)
+            if each.get(name, {}).get("complete") and each.get("dense", {}).get("complete")
+        ]
+        rows = [row for row, _ in pairs]
         if not rows:
             continue
         accuracies = np.array([row["accuracies"] for row in rows])
         epochs = np.arange(1, accuracies.shape[1] + 1)
-        seconds = np.mean([ends(row) for row in rows], 0)
+        seconds = np.mean([ends(row, dense) for row, dense in pairs], 0)
         for panel, x in ((panels[1], epochs), (panels[2], seconds)):
             panel.plot(x, accuracies.mean(0), color=color, label=name)
             low, high = accuracies.min(0), accuracies.max(0)

@@ -8,20 +8,22 @@
 A case is a network, a momentum, a strength of L1 on the scales, and a seed. All methods of a case
 are one training until they part, so that they differ in nothing else, and end after as many epochs:
 
-dense            nothing is taken out
+dense            nothing is taken out; with --l1 the term is there until EB Train's ticket
 EB Train         pruned and shrunk at the ticket of a search that truncates nothing
 EB at WORM's     the same network, pruned with its newest mask at the epoch of WORM's ticket
 WORM             the search with truncated gradients, from the trigger point on
 WORM, update     the same with truncated updates (equal to WORM for SGD without momentum)
 WORM, faded n    WORM's ticket under ``prune(over=...)`` of n epochs
-random           as many channels as EB Train's ticket, at the same epoch, but any
+random           as many channels as EB Train's ticket, at the same epoch, but any, which is about
+                 the same share of each layer
 
 With ``--sweep`` gradients are truncated from the first mask on, by each of six strengths.
 
 Of each case a JSON file is written to --out after each method, and a case whose file is complete is
 skipped, so that a break loses little, and several processes with different --seeds or --model may
 share the folder; ``benchmarks.ticket_tables`` makes tables of it. Seconds are processor time of one
-thread on a CPU, and of the wall on a device.
+thread on a CPU, and of the wall on a device; they are those of steps and masks, without the
+shuffling before an epoch and the accuracy after it.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ class Training:
         return len(self.accuracies)
 
     def penalise(self) -> None:
-        """Add network slimming's L1 term to the gradients of scales, behind truncation."""
+        """Add network slimming's L1 term to gradients of scales once truncation is done."""
         norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         scales = [norm.weight for norm in norms] if self.case.l1 else []
 
@@ -330,12 +332,14 @@ def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Tra
     """Each method with the training that it goes on from and the epochs that it fades over."""
     trigger = ticket = at_worm = worm = None
     dense = "dense" in args.methods
+    with_worm = {"WORM", "EB at WORM's", "faded"} & set(args.methods)
     while base.epochs < args.epochs and (dense or not ticket) and base.fits(1):
         base.epoch()
         if trigger is None and base.opt.phase is not Phase.SEARCHING:
             trigger = base.fork()
-            worm = truncated(args, trigger, truncation=args.truncation)
-            worm.search(args.epochs - 1)
+            if with_worm:
+                worm = truncated(args, trigger, truncation=args.truncation)
+                worm.search(args.epochs - 1)
         if worm and worm.opt.converged and base.epochs == worm.epochs:
             at_worm = with_ticket(base, newest_mask(args, base))
         if ticket is None and base.opt.converged:
@@ -344,9 +348,7 @@ def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Tra
             ticket.penalty.remove()
     if dense:
         yield "dense", base, 0
-    if trigger is None or worm is None:
-        return
-    if "WORM" in args.methods:
+    if worm and "WORM" in args.methods:
         yield "WORM", worm.fork(), 0
     if ticket and "EB Train" in args.methods:
         yield "EB Train", ticket.fork(), 0
@@ -354,10 +356,11 @@ def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Tra
         yield "random", with_ticket(ticket, random_mask(ticket)), 0
     if at_worm and "EB at WORM's" in args.methods:
         yield "EB at WORM's", at_worm, 0
-    if "faded" in args.methods:
-        for n in (1, 3):
+    for n in (1, 3):
+        if worm and "faded" in args.methods and worm.epochs + n < args.epochs:
             yield f"WORM, faded {n}", worm.fork(), n
-    if "update" in args.methods and base.case.momentum:  # Plain SGD's update is the gradient.
+    # Plain SGD's update is the gradient.
+    if trigger and "update" in args.methods and base.case.momentum:
         update = truncated(args, trigger, truncation=args.truncation, truncate="update")
         update.search(args.epochs - 1)
         yield "WORM, update", update, 0
@@ -365,7 +368,6 @@ def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Tra
 
 def strengths(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Training, int]]:
     """The same for searches that truncate from the first mask on."""
-    base.epoch()
     for r in STRENGTHS:
         run = truncated(args, base, truncation=r, trigger="always")
         run.search(args.epochs - 1)
@@ -378,7 +380,8 @@ def follow(args: argparse.Namespace, run: Training, fade: int, row: dict[str, An
     row |= {"accuracies": run.accuracies, "seconds": run.seconds}
     row["distances"] = [list(sample.distances) for sample in run.opt.history]
     if not run.opt.converged:
-        row["note"] = f"no ticket in {found} epochs"
+        if found >= args.epochs - 1:
+            row["note"] = f"no ticket in {found} epochs"
         return
     row |= {"ticket epoch": found, "before pruning": run.accuracies[-1]}
     run.penalty.remove()
@@ -405,13 +408,18 @@ def follow(args: argparse.Namespace, run: Training, fade: int, row: dict[str, An
 def trial(args: argparse.Namespace, images: Images, case: Case, deadline: float) -> None:
     """All methods of a case."""
     path = args.out / f"{str(case).replace(', ', '_').replace(' ', '')}.json"
-    if path.exists() and json.loads(path.read_text())["complete"]:
-        print(f"{case}: is in {path} already", flush=True)
-        return
+    varied = ("model", "momentum", "l1", "seeds", "seconds", "out")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in varied}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["settings"] != settings:
+            raise SystemExit(f"{path} was made with other arguments; choose another --out.")
+        if before["complete"]:
+            print(f"{case}: is in {path} already", flush=True)
+            return
     rows: dict[str, dict[str, Any]] = {}
     result = vars(case) | {"torch": torch.__version__, "device": device_name(images)}
-    result |= {"settings": {name: str(value) for name, value in vars(args).items()}}
-    result |= {"methods": rows, "complete": False}
+    result |= {"settings": settings, "methods": rows, "complete": False}
 
     def save() -> None:
         path.write_text(json.dumps(result, indent=1))
@@ -424,15 +432,13 @@ def trial(args: argparse.Namespace, images: Images, case: Case, deadline: float)
             row["distances"] = [list(sample.distances) for sample in run.opt.history]
             row["complete"] = run.epochs == args.epochs
         else:
-            try:
-                follow(args, run, fade, row)
-            except Exception as error:  # What breaks one method shall not cost the others.
-                row["note"] = repr(error)
+            follow(args, run, fade, row)
         save()
         end = statistics.mean(row.get("accuracies", [])[-3:] or [math.nan])
         found = f", ticket at epoch {row['ticket epoch']}" if "ticket epoch" in row else ""
         print(f"{case}, {name}: {end:.2f} %{found} {row.get('note', '')}", flush=True)
-    result["complete"] = all(row.get("complete") or "note" in row for row in rows.values())
+    ended = [row.get("complete") or "note" in row for row in rows.values()]
+    result["complete"] = bool(ended) and all(ended)
     save()
 
 
@@ -469,6 +475,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="few digits, narrow networks")
     add("--out", type=Path, default=Path("runs/tickets"))
     args = parser.parse_args(arguments)
+    if any(args.l1) and "update" in args.methods:
+        parser.error("--l1 is truncated with the update; leave out update from --methods")
     if args.quick:
         args.width, args.limit, args.stopping_point, args.epochs = 0.125, 480, 0.15, 14
     return args

@@ -14,7 +14,7 @@ LAYERS = (6, 10, 8)
 
 
 def draw_layers(axes: plt.Axes, scales: list[np.ndarray], threshold: float, what: str) -> None:
-    """Channels as boxes, the darker the larger their scale; of three kinds of pictures."""
+    """Channels as boxes, the darker the larger their scale; ``what`` is dense, pruned or shrunk."""
     for x, layer in enumerate(scales):
         shown = layer[layer >= threshold] if what == "shrunk" else layer
         for y, scale in enumerate(shown):

@@ -326,7 +326,7 @@ def traffic(width: int) -> list[int]:
     opt.sample()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.mul_(2)  # of weights that nothing has moved no mask is drawn
+            parameter.mul_(2)  # no mask is drawn unless a weight has changed
     sent: list[int] = []
     collectives = torch.distributed.distributed_c10d
     reduce = collectives.all_reduce

@@ -122,7 +122,7 @@ def test_outputs_stay(make, memory_format, scatter, autocast):
 
 
 def bert():
-    """Two small layers of BERT, as its library attends on a device, and what it reads."""
+    """BERT with two small layers and the attention that its library prefers, and its inputs."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=50,
@@ -138,7 +138,7 @@ def bert():
 
 
 def vit():
-    """Two small layers of timm's vision transformer, and what it sees."""
+    """A vision transformer of timm with two small layers, and its inputs."""
     timm = pytest.importorskip("timm")
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
     model = timm.create_model("vit_tiny_patch16_224", **options)
@@ -159,7 +159,7 @@ def test_a_transformer_is_searched_and_shrunk(make, autocast):
         opt.sample()
         with torch.no_grad():
             for parameter in each.parameters():
-                parameter.mul_(1.5)  # A mask of what has not moved is none.
+                parameter.mul_(1.5)  # No mask is drawn unless a weight has changed.
         opt.sample()
         masks.append({name: mask.cpu() for name, mask in opt.final_mask.items()})
     assert masks[0].keys() == masks[1].keys()
