@@ -210,14 +210,17 @@ def test_without_axes_there_is_a_figure_of_its_own(draw):
 
 
 def test_two_searches_fit_into_one_picture(ax):
-    """The second has a colour of its own, and the first stays in sight."""
+    """The second has a colour and a name of its own, and the first stays in sight."""
     long, short = wrapped(60), wrapped(30)
     plot_trajectory(short, ax)
     first = ax.get_lines()[0].get_color()
     n = len(ax.get_lines())
-    plot_trajectory(long, ax)
+    plot_trajectory(long, ax, label="long")
 
     assert ax.get_lines()[n].get_color() != first
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert {"largest distance", "long, largest distance", "long, mean distance"} <= set(told)
+    assert len(told) == len(set(told))
     assert drawn(ax).get_xlim()[1] >= long.history[-1].step
 
 

@@ -17,7 +17,9 @@ _TALLEST = 60.0  # inches, which is what can be saved in print quality
 
 
 def plot_trajectory(
-    opt_or_history: WormOptimizer | Sequence[MaskSample], ax: Axes | None = None
+    opt_or_history: WormOptimizer | Sequence[MaskSample],
+    ax: Axes | None = None,
+    label: str | None = None,
 ) -> Axes:
     """Draw the largest and the mean mask distance over optimizer steps.
 
@@ -31,6 +33,8 @@ def plot_trajectory(
             the trigger point are drawn as well.
         ax (Axes, optional): What to draw in, perhaps over another search; None makes a new figure
             with pyplot (default: None).
+        label (str, optional): What the legend calls this search, where others are drawn into the
+            same axes (default: None).
 
     Returns:
         The axes. Nothing is shown or saved.
@@ -65,9 +69,10 @@ def plot_trajectory(
     steps = [s.step for s in samples]
     largest = [s.max_distance or 0.0 for s in samples]
     mean = [s.mean_distance or 0.0 for s in samples]
-    [line] = ax.plot(steps, largest, ".-", label="largest distance")
+    whose = "" if label is None else f"{label}, "
+    [line] = ax.plot(steps, largest, ".-", label=f"{whose}largest distance")
     color = line.get_color()
-    ax.plot(steps, mean, ".--", color=color, label="mean distance")
+    ax.plot(steps, mean, ".--", color=color, label=f"{whose}mean distance")
     if opt is not None:
         rule = opt._rule
         if rule.trigger == "distance":
