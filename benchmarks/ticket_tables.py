@@ -133,12 +133,13 @@ def groups(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for case in cases:
         settings = {name: each for name, each in case["settings"].items() if name != "methods"}
         identity = [case[name] for name in ("model", "momentum", "l1", "device", "torch")]
-        by_identity.setdefault(json.dumps([identity, settings]), []).append(case)
+        by_identity.setdefault(json.dumps([identity, settings], sort_keys=True), []).append(case)
     for group in by_identity.values():
         case = group[0]
         options = [f"{name} {case['settings'][name]}" for name in shown]
         title = f"{case['model']}, momentum {case['momentum']:g}, L1 {case['l1']:g}, "
-        found[title + ", ".join(options)] = group
+        title += ", ".join(options)
+        found[title if title not in found else f"{title}, other settings {len(found)}"] = group
     return found
 
 

@@ -457,8 +457,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test-limit", type=int, help="test on the first so many images")
     add("--model", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     add("--width", type=float, default=1, help="multiplies the channels")
-    add("--momentum", type=float, nargs="*", default=[0, 0.9])
-    add("--l1", type=float, nargs="*", default=[0], help="strength on the scales until the ticket")
+    add("--momentum", type=float, nargs="*", default=[0.0, 0.9])
+    add(
+        "--l1", type=float, nargs="*", default=[0.0], help="strength on the scales until the ticket"
+    )
     add("--seeds", type=int, nargs="*", default=[0, 1, 2])
     add("--epochs", type=int, default=20, help="of every method, search included")
     add("--methods", nargs="*", choices=METHODS, default=METHODS)
