@@ -115,6 +115,10 @@ def cells(case: dict[str, Any], method: str) -> dict[str, float]:
     return known
 
 
+DEFAULTS = {"width": "1", "limit": "None", "epochs": "20", "l1": "0", "prune_ratio": "0.5"}
+DEFAULTS |= {"scope": "global", "min_keep": "0", "scatter": "False"}
+
+
 def text(values: list[float], n: int) -> str:
     """Mean and deviation, and how many there are if not all."""
     if not values:
@@ -126,19 +130,18 @@ def text(values: list[float], n: int) -> str:
 
 
 def groups(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Cases that differ in the seed alone, by a title."""
-    shown = ("width", "limit", "prune_ratio", "scope", "min_keep", "scatter", "epochs")
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Cases that differ in the seed alone, by a title of what is not default."""
     by_identity: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
         settings = {name: each for name, each in case["settings"].items() if name != "methods"}
         identity = [case[name] for name in ("model", "momentum", "l1", "device", "torch")]
         by_identity.setdefault(json.dumps([identity, settings], sort_keys=True), []).append(case)
+    found: dict[str, list[dict[str, Any]]] = {}
     for group in by_identity.values():
-        case = group[0]
-        options = [f"{name} {case['settings'][name]}" for name in shown]
-        title = f"{case['model']}, momentum {case['momentum']:g}, L1 {case['l1']:g}, "
-        title += ", ".join(options)
+        values = group[0]["settings"] | {"l1": f"{group[0]['l1']:g}"}
+        title = f"{group[0]['model']}, momentum {group[0]['momentum']:g}"
+        for name, default in DEFAULTS.items():
+            title += f", {name} {values[name]}" if values[name] != default else ""
         found[title if title not in found else f"{title}, other settings {len(found)}"] = group
     return found
 
@@ -169,6 +172,7 @@ def picture(title: str, group: list[dict[str, Any]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     colors = {"dense": "0.3", "EB Train": "tab:orange", "WORM": "tab:blue", "random": "tab:green"}
@@ -196,6 +200,8 @@ def picture(title: str, group: list[dict[str, Any]], path: Path) -> None:
                 panels[0].plot(*points[-1], "*", color=color, markersize=13)
     stop = float(group[0]["settings"]["stopping_point"])
     panels[0].axhline(stop, color="0.3", linewidth=1)
+    for panel in panels[:2]:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set(xlabel="epoch", ylabel="largest mask distance", xlim=(0, None), ylim=(0, None))
     panels[1].set(xlabel="epoch", ylabel="test accuracy, %")
     panels[2].set(xlabel="seconds of training", ylabel="test accuracy, %")

@@ -44,7 +44,7 @@ def pruned(**changes):
 
 def case(seed=0, width=1, **methods):
     """The results of a seed."""
-    settings = {"width": str(width), "limit": "None", "epochs": "6"}
+    settings = {"width": str(width), "limit": "None", "epochs": "20"}
     settings |= {"prune_ratio": "0.5", "scope": "global", "min_keep": "0", "scatter": "False"}
     identity = {"model": "vgg11", "momentum": 0.0, "l1": 0.0, "seed": seed}
     return identity | {"device": "cpu", "torch": "2", "settings": settings, "methods": methods}
