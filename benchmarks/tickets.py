@@ -333,7 +333,13 @@ def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Tra
     trigger = ticket = at_worm = worm = None
     dense = "dense" in args.methods
     with_worm = {"WORM", "EB at WORM's", "faded"} & set(args.methods)
-    while base.epochs < args.epochs and (dense or not ticket) and base.fits(1):
+    with_base = {"EB Train", "random", "EB at WORM's"} & set(args.methods)
+
+    def goes_on() -> bool:
+        """Whether some method needs another epoch of the training that nothing disturbs."""
+        return dense or trigger is None or bool(with_base and ticket is None)
+
+    while base.epochs < args.epochs and goes_on() and base.fits(1):
         base.epoch()
         if trigger is None and base.opt.phase is not Phase.SEARCHING:
             trigger = base.fork()
