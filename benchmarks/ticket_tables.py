@@ -208,7 +208,7 @@ def picture(title: str, group: list[dict[str, Any]], path: Path) -> None:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8)
-    figure.suptitle(f"{title}, {len(group)} seeds")
+    figure.suptitle(f"{title}, {len(group)} seed(s)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
