@@ -346,10 +346,12 @@ def peak_of(work: Callable[[], object], device: torch.device) -> float | None:
 def tests(device: torch.device) -> list[dict[str, object]]:
     """The whole suite's tests that need the device, and the others on the device."""
     files = ["optimizer", "fading", "truncation", "wrapper", "checkpoint", "compile", "schedulers"]
+    files += ["feed_forward"]
     rows: list[dict[str, object]] = []
     for what in (["-m", "cuda", "tests"], [f"tests/test_{name}.py" for name in files]):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *what]
-        command += ["--device", device.type, "-n", "8"]
+        # Where pytest-benchmark is installed it warns of xdist, and warnings are errors here.
+        command += ["--device", device.type, "-n", "8", "-p", "no:benchmark"]
         start = time.perf_counter()
         result = subprocess.run(command, capture_output=True, text=True)
         print(result.stdout[-4000:], flush=True)
@@ -404,7 +406,7 @@ def main() -> None:
         "transformers": lambda: shrunk(transformers(quick), device, args.repeats, quick),
         "training": lambda: training(args, device),
     }
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = tickets.device_name(device)
     results: dict[str, object] = {"torch": torch.__version__, "device": name}
     results["arguments"] = sys.argv[1:]
     args.out.parent.mkdir(parents=True, exist_ok=True)

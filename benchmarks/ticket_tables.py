@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Cell = Callable[[Row, Row, float], float | None]  # of a method, dense training, equal seconds
+# A number of a table, from the rows of a method and of dense training, and the equal seconds.
+Cell = Callable[[Row, Row, float], float | None]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -415,17 +415,17 @@ def trial(args: argparse.Namespace, images: Images, case: Case, deadline: float)
     """All methods of a case."""
     path = args.out / f"{str(case).replace(', ', '_').replace(' ', '')}.json"
     varied = ("model", "momentum", "l1", "seeds", "seconds", "out")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in varied}
+    arguments = {name: str(value) for name, value in vars(args).items() if name not in varied}
     if path.exists():
         before = json.loads(path.read_text())
-        if before["settings"] != settings:
+        if before["settings"] != arguments:
             raise SystemExit(f"{path} was made with other arguments; choose another --out.")
         if before["complete"]:
             print(f"{case}: is in {path} already", flush=True)
             return
     rows: dict[str, dict[str, Any]] = {}
-    result = vars(case) | {"torch": torch.__version__, "device": device_name(images)}
-    result |= {"settings": settings, "methods": rows, "complete": False}
+    result = vars(case) | {"torch": torch.__version__, "device": device_name(args.device)}
+    result |= {"settings": arguments, "methods": rows, "complete": False}
 
     def save() -> None:
         path.write_text(json.dumps(result, indent=1))
@@ -448,9 +448,8 @@ def trial(args: argparse.Namespace, images: Images, case: Case, deadline: float)
     save()
 
 
-def device_name(images: Images) -> str:
+def device_name(device: torch.device) -> str:
     """What it ran on."""
-    device = images.train.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
