@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_worm_optim import ParameterSelector, WormOptimizer
-from torch_worm_optim.masks import compute_mask
-from torch_worm_optim.window import Window
+from torch_worm_optim.search import Window, compute_mask
 
 WINDOW = 5
 # Query and key weights of BERT: layers, width. BatchNorm scales: channels of each layer.

@@ -41,7 +41,7 @@ from benchmarks.shrink import (
     zero_lowest,
 )
 from torch_worm_optim import ParameterSelector, WormOptimizer, shrink_
-from torch_worm_optim.truncation import scale_gradients_
+from torch_worm_optim.ticket import scale_gradients_
 
 PARTS = ["tests", "samples", "steps", "shrunk", "transformers", "training"]
 WINDOW = 5
@@ -345,10 +345,9 @@ def peak_of(work: Callable[[], object], device: torch.device) -> float | None:
 
 def tests(device: torch.device) -> list[dict[str, object]]:
     """The whole suite's tests that need the device, and the others on the device."""
-    files = ["optimizer", "fading", "truncation", "wrapper", "checkpoint", "compile", "schedulers"]
-    files += ["feed_forward"]
+    folders = ["tests/optimizer", "tests/ticket", "tests/selectors/test_feed_forward.py"]
     rows: list[dict[str, object]] = []
-    for what in (["-m", "cuda", "tests"], [f"tests/test_{name}.py" for name in files]):
+    for what in (["-m", "cuda", "tests"], folders):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *what]
         # Where pytest-benchmark is installed it warns of xdist, and warnings are errors here.
         command += ["--device", device.type, "-n", "8", "-p", "no:benchmark"]

@@ -30,8 +30,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.__main__ import in_turns, median_ms, peak_of, ratio, table
 from torch_worm_optim import FeedForwardSelector, QueryKeySelector, Selector, WormOptimizer
-from torch_worm_optim.pruning import apply_ticket_
-from torch_worm_optim.shrinking import ShrinkReport, shrink_
+from torch_worm_optim.shrink import ShrinkReport, shrink_
+from torch_worm_optim.ticket import apply_ticket_
 
 HEADS = QueryKeySelector(value=True, granularity="head")
 ROWS = FeedForwardSelector()

@@ -12,9 +12,10 @@ from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
 from torch_worm_optim.selectors import RecurrentSelector as RecurrentSelector
 from torch_worm_optim.selectors import Representative as Representative
 from torch_worm_optim.selectors import Selector as Selector
-from torch_worm_optim.shrinking import ShrinkReport as ShrinkReport
-from torch_worm_optim.shrinking import load_shrunk_ as load_shrunk_
-from torch_worm_optim.shrinking import shrink_ as shrink_
+from torch_worm_optim.shrink import ShrinkReport as ShrinkReport
+from torch_worm_optim.shrink import load_shrunk_ as load_shrunk_
+from torch_worm_optim.shrink import shrink_ as shrink_
+from torch_worm_optim.ticket import apply_ticket_ as apply_ticket_
 
 __version__ = "0.2.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Selector",
     "ShrinkReport",
     "WormOptimizer",
+    "apply_ticket_",
     "load_shrunk_",
     "plot_kept",
     "plot_trajectory",

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_worm_optim.movement import fingerprint
-from torch_worm_optim.selectors import Representative
-from torch_worm_optim.selectors.selection import check_visible
-from torch_worm_optim.sharding import (
+from torch_worm_optim.distributed import (
     Shard,
     as_dtensor_like,
     is_dtensor,
@@ -30,8 +27,9 @@ from torch_worm_optim.sharding import (
     shard_of,
     sharded_alike,
 )
-from torch_worm_optim.truncation import Entries
-from torch_worm_optim.units import expand_mask, unit_magnitudes
+from torch_worm_optim.search import expand_mask, fingerprint, unit_magnitudes
+from torch_worm_optim.selectors import Representative, check_visible
+from torch_worm_optim.ticket import Entries
 
 # Optimizers that keep matrices for a parameter's rows and columns, which may have its shape.
 _PRECONDITIONING = re.compile("Shampoo|SOAP|Kron")

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from torch_worm_optim.arguments import (
+from torch_worm_optim._checks import (
     check_choice,
     check_count,
     check_count_or_share,
     check_share,
+    warn_user,
 )
-from torch_worm_optim.checkpoint import (
+from torch_worm_optim._state import (
     RECORD_KEY,
     SearchState,
     read_record,
@@ -27,33 +28,38 @@ from torch_worm_optim.checkpoint import (
     with_record,
     without_record,
 )
+from torch_worm_optim._wrapper import Closure, OptimizerWrapper
+from torch_worm_optim.distributed import canonical_name, reshard_
 from torch_worm_optim.layout import Layout
-from torch_worm_optim.masks import SCOPES, compute_mask, sum_over_ranks
-from torch_worm_optim.notices import warn_user
-from torch_worm_optim.pruning import checked_ticket
-from torch_worm_optim.search import MaskSample, Phase, StoppingRule, decide
+from torch_worm_optim.report import KeptCount, kept_counts, summary_text
+from torch_worm_optim.search import (
+    SCOPES,
+    MaskSample,
+    Phase,
+    StoppingRule,
+    Window,
+    compute_mask,
+    decide,
+    sum_over_ranks,
+)
 from torch_worm_optim.selectors import (
     Representative,
     Selector,
-    canonical_name,
     default_selector,
     select,
 )
-from torch_worm_optim.sharding import reshard_
-from torch_worm_optim.shrinking import ShrinkReport, shrink_
-from torch_worm_optim.summary import KeptCount, kept_counts, summary_text
-from torch_worm_optim.ticket import HeldTicket
-from torch_worm_optim.truncation import (
+from torch_worm_optim.shrink import ShrinkReport, shrink_
+from torch_worm_optim.ticket import (
     Entries,
     Faded,
     HeldAtZero,
+    HeldTicket,
     ScaledGradients,
     ScaledUpdates,
     Strategy,
+    checked_ticket,
     is_normalising,
 )
-from torch_worm_optim.window import Window
-from torch_worm_optim.wrapper import Closure, OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -649,7 +655,7 @@ class WormOptimizer(OptimizerWrapper):
     def ticket(self) -> dict[str, Tensor] | None:
         """:attr:`final_mask` and the masks of its followers: what :meth:`prune` sets to zero.
 
-        It is what :func:`~torch_worm_optim.pruning.apply_ticket_` takes to prune another copy of
+        It is what :func:`~torch_worm_optim.apply_ticket_` takes to prune another copy of
         the weights. None before the ticket is found.
         """
         if not self.converged:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_worm_optim.optimizer import WormOptimizer
+from torch_worm_optim.report import counted, total
 from torch_worm_optim.search import MaskSample, Phase
-from torch_worm_optim.summary import counted, total
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

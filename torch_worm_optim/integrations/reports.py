@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torch_worm_optim.arguments import check_choice, check_count
+from torch_worm_optim._checks import check_choice, check_count
 from torch_worm_optim.optimizer import WormOptimizer
-from torch_worm_optim.pruning import apply_ticket_
 from torch_worm_optim.search import Phase
+from torch_worm_optim.ticket import apply_ticket_
 
 PHASES = tuple(Phase)
 

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_worm_optim.arguments import check_choice
-from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
-from torch_worm_optim.selectors.layouts import (
+from torch_worm_optim._checks import check_choice
+from torch_worm_optim.selectors.projections import (
     BIAS_NAME,
     BY_CLASS,
     BY_NAMES,
@@ -28,6 +27,7 @@ from torch_worm_optim.selectors.layouts import (
     Layouts,
     layouts_by_class,
 )
+from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
 
 _QUERIES = ("q", "qk")
 _KEYS = ("k", "kv")

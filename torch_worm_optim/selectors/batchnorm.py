@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
+from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch_worm_optim.selectors.attention import (
     parse_layout,
     refuse_computed,
 )
-from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
-from torch_worm_optim.selectors.layouts import Layouts, layouts_by_class
+from torch_worm_optim.selectors.projections import Layouts, layouts_by_class
+from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
 
 # A layout says what the output features of each weight are, in the notation of `layouts.py`: ``up``
 # and ``gate`` make the hidden units, ``between`` does something to each of them alone on the way to

@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from torch_worm_optim.arguments import check_choice
-from torch_worm_optim.selectors.base import JoinableSelector, Representative, canonical_name
+from torch_worm_optim._checks import check_choice
+from torch_worm_optim.distributed import canonical_name
+from torch_worm_optim.selectors.representative import JoinableSelector, Representative
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from torch_worm_optim.arguments import check_choice
-from torch_worm_optim.selectors.base import LEAVE_IT_OUT, JoinableSelector, Representative
+from torch_worm_optim._checks import check_choice
+from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
 
 
 @dataclass(frozen=True)
