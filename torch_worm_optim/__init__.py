@@ -8,6 +8,7 @@ from torch_worm_optim.search import Phase as Phase
 from torch_worm_optim.selectors import BatchNormSelector as BatchNormSelector
 from torch_worm_optim.selectors import FeedForwardSelector as FeedForwardSelector
 from torch_worm_optim.selectors import ParameterSelector as ParameterSelector
+from torch_worm_optim.selectors import Part as Part
 from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
 from torch_worm_optim.selectors import RecurrentSelector as RecurrentSelector
 from torch_worm_optim.selectors import Representative as Representative
@@ -24,6 +25,7 @@ __all__ = [
     "FeedForwardSelector",
     "MaskSample",
     "ParameterSelector",
+    "Part",
     "Phase",
     "QueryKeySelector",
     "RecurrentSelector",

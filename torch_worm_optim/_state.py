@@ -151,7 +151,7 @@ def _load_window(saved: Any, layout: Layout, n_masks: int) -> Window:
         zip(_window_keys(layout), layout.numels(), layout.representatives, strict=True)
     ):
         parameter = layout.parameter(representative.name)
-        shape = (numel,) if representative.units else tuple(parameter.shape)
+        shape = (numel,) if representative.parts[0].units else tuple(parameter.shape)
         rows = saved.get(key) if isinstance(saved, dict) else None
         if (
             not isinstance(rows, (list, tuple))
@@ -171,7 +171,7 @@ def _window_keys(layout: Layout) -> list[str]:
     """What to call the masks of each representative. Parts of one parameter share a name."""
     names = [canonical_name(representative.name) for representative in layout.representatives]
     return [
-        f"{name} (units {index})" if representative.units else name
+        f"{name} (units {index})" if representative.parts[0].units else name
         for index, (name, representative) in enumerate(
             zip(names, layout.representatives, strict=True)
         )

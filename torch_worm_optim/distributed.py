@@ -20,7 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from torch_worm_optim.selectors import Representative
+    from torch_worm_optim.selectors import Part, Representative
 
 # What wrappers put into parameter names. A saved search must not depend on whether the model was
 # wrapped, and a user who writes a pattern thinks of the model as it was written.
@@ -258,7 +258,7 @@ def shard_of(representative: Representative, parameter: Tensor) -> Shard | None:
     """How a representative is split over ranks, or None if every rank has all of it.
 
     Args:
-        representative: What is ranked, without regard to its followers and partners.
+        representative: What is ranked, without regard to its followers.
         parameter: Its parameter.
 
     Raises:
@@ -279,13 +279,13 @@ def shard_of(representative: Representative, parameter: Tensor) -> Shard | None:
         )
     if all(placement.is_replicate() for placement in placements):
         return None
-    if representative.units:
+    if len(representative.parts) > 1 or representative.parts[0].units:
         raise RuntimeError(
             f"{name!r} is sharded, and {representative} ranks units of several entries, which may "
             'lie on different ranks. Rank entries (granularity="entry"), or train with DDP or '
             "with tensors that are replicated."
         )
-    ranked = ranked_indices(representative, tuple(parameter.shape))
+    ranked = ranked_indices(representative.parts[0], tuple(parameter.shape))
     local_indices, positions = [], []
     for indices, (begin, size) in zip(ranked, _rectangle(parameter), strict=True):
         first, last = torch.searchsorted(
@@ -298,23 +298,23 @@ def shard_of(representative: Representative, parameter: Tensor) -> Shard | None:
     return Shard(shape, tuple(local_indices), tuple(positions), mesh, tuple(placements))
 
 
-def ranked_indices(representative: Representative, shape: tuple[int, ...]) -> list[Tensor]:
+def ranked_indices(part: Part, shape: tuple[int, ...]) -> list[Tensor]:
     """For each dimension of a parameter, which of its indices are ranked.
 
     Args:
-        representative: Its ``view`` may only split dimensions, its ``part`` is made of slices.
+        part: Its ``view`` may only split dimensions, its ``index`` is made of slices.
         shape: The parameter's shape.
 
     Example:
         The queries and keys of two heads that lie head by head, without the values:
 
-        >>> from torch_worm_optim import Representative
-        >>> part = (slice(None), slice(0, 2))
-        >>> ranked_indices(Representative("w", view=(2, 3, 1), part=part), (6,))
+        >>> from torch_worm_optim import Part
+        >>> index = (slice(None), slice(0, 2))
+        >>> ranked_indices(Part("w", view=(2, 3, 1), index=index), (6,))
         [tensor([0, 1, 3, 4])]
     """
-    sizes = list(representative.view or shape)
-    parts = [*representative.part, *[slice(None)] * (len(sizes) - len(representative.part))]
+    sizes = list(part.view or shape)
+    parts = [*part.index, *[slice(None)] * (len(sizes) - len(part.index))]
     ranked = []
     for index, size in enumerate(shape):
         n_view, product = 0, 1

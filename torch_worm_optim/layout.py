@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from torch_worm_optim.distributed import (
     sharded_alike,
 )
 from torch_worm_optim.search import expand_mask, fingerprint, unit_magnitudes
-from torch_worm_optim.selectors import Representative, check_visible
+from torch_worm_optim.selectors import Part, Representative, check_visible
 from torch_worm_optim.ticket import Entries
 
 # Optimizers that keep matrices for a parameter's rows and columns, which may have its shape.
@@ -52,7 +53,7 @@ class Layout:
         self._shapes = {
             part.name: attrgetter(part.name)(model).shape
             for each in representatives
-            for part in each.reached
+            for part in each.members
         }
         self._shards: dict[int, Shard] = {}  # of representatives, by index
         self._placements: dict[str, Any] = {}  # how DTensors are split, by name
@@ -118,7 +119,7 @@ class Layout:
         """
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for representative in self.representatives:
-            for part in representative.ranked:
+            for part in representative.parts:
                 parameter = self.parameter(part.name)
                 if parameter.requires_grad and id(parameter) not in owned:
                     raise RuntimeError(
@@ -155,7 +156,7 @@ class Layout:
                 f"{representative.name!r} is sharded in another way than before. Save a checkpoint "
                 "before sharding anew, build WormOptimizer anew, and load the checkpoint."
             )
-        shard = shard_of(representative.ranked[0], parameter)
+        shard = shard_of(representative, parameter)
         if shard is None:
             return None
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -165,8 +166,8 @@ class Layout:
                 "still holds the parameter that it was before. Build the optimizer after sharding, "
                 "or put the new parameters into its `param_groups`."
             )
-        for part in representative.reached:
-            same_place = (part.view, part.part) == (representative.view, representative.part)
+        for part in representative.members:
+            same_place = part == replace(representative.parts[0], name=part.name)
             other = self.parameter(part.name)
             if not (same_place and other.shape == parameter.shape):
                 raise RuntimeError(
@@ -189,9 +190,9 @@ class Layout:
     def _numel(self, representative: Representative) -> int:
         """How many entries or units one representative has, on all ranks together."""
         parameter = self.parameter(representative.name)
-        if representative.units or not is_dtensor(parameter):
+        if representative.parts[0].units or not is_dtensor(parameter):
             return representative.n_units(parameter)
-        indices = ranked_indices(representative.ranked[0], tuple(parameter.shape))
+        indices = ranked_indices(representative.parts[0], tuple(parameter.shape))
         return math.prod(len(each) for each in indices)
 
     def local_numels(self) -> list[int]:
@@ -207,14 +208,17 @@ class Layout:
         for index, (representative, shard) in enumerate(
             zip(self.representatives, self.shards(), strict=True)
         ):
-            label = " and ".join(dict.fromkeys(part.name for part in representative.ranked))
+            label = " and ".join(dict.fromkeys(part.name for part in representative.parts))
             if label in scores:  # two representatives may be parts of one parameter
                 label = f"{label} (representative {index})"
             parameter = self.parameter(representative.name)
             check_visible(representative.name, parameter)
             parts = self._ranked(representative, shard)
-            if representative.units:
-                units = [part.units for part in representative.ranked]
+            if representative.parts[0].units or len(parts) > 1:
+                units = [
+                    part.units or tuple(entries.shape)
+                    for part, entries in zip(representative.parts, parts, strict=True)
+                ]
                 scores[label] = unit_magnitudes(list(zip(parts, units, strict=True)))
             else:
                 scores[label] = parts[0]
@@ -235,7 +239,7 @@ class Layout:
         if shard is not None:
             return [shard.ranked(local_tensor(self.parameter(representative.name)))]
         return [
-            part.entries(local_tensor(self.parameter(part.name))) for part in representative.ranked
+            part.entries(local_tensor(self.parameter(part.name))) for part in representative.parts
         ]
 
     def targets(self) -> list[Target]:
@@ -245,7 +249,7 @@ class Layout:
             for index, (representative, shard) in enumerate(
                 zip(self.representatives, self.shards(), strict=True)
             )
-            for part in representative.reached
+            for part in representative.members
         ]
 
     def parameter_masks(
@@ -265,7 +269,7 @@ class Layout:
         for representative, shard, mask in zip(
             self.representatives, self.shards(), masks, strict=True
         ):
-            for part in representative.reached if followers else representative.ranked:
+            for part in representative.members if followers else representative.parts:
                 parameter = local_tensor(self.parameter(part.name))
                 if part.name not in full:
                     contiguous = torch.contiguous_format
@@ -291,19 +295,19 @@ class Layout:
         for representative, shard, own in zip(
             self.representatives, self.shards(), rows, strict=True
         ):
-            if representative.units:
+            if representative.parts[0].units:
                 continue
             parameter = local_tensor(self.parameter(representative.name))
             if representative.name not in placed:
                 zeros = torch.zeros_like(parameter, dtype=torch.uint8)
                 placed[representative.name] = [zeros.clone() for _ in own]
             for row, full in zip(own, placed[representative.name], strict=True):
-                _write(representative.ranked[0], shard, row, full)
+                _write(representative.parts[0], shard, row, full)
         for name, full_rows in placed.items():
             parameter = self.parameter(name)
             full_rows[:] = [as_dtensor_like(parameter, row) for row in full_rows]
         return [
-            list(own) if representative.units else placed[representative.name]
+            list(own) if representative.parts[0].units else placed[representative.name]
             for representative, own in zip(self.representatives, rows, strict=True)
         ]
 
@@ -315,10 +319,10 @@ class Layout:
             full: A tensor of the shape of its parameter, plain or a DTensor sharded in any way.
         """
         representative, shard = self.representatives[index], self._shard(index)
-        if representative.units:
+        if representative.parts[0].units:
             return full
         part = local_part_of(full, like=self.parameter(representative.name))
-        entries = representative.entries(part) if shard is None else shard.ranked(part)
+        entries = representative.parts[0].entries(part) if shard is None else shard.ranked(part)
         return entries.reshape(-1)
 
 
@@ -334,7 +338,7 @@ class Target(NamedTuple):
     """
 
     owner: int
-    part: Representative
+    part: Part
     parameter: Tensor
     shard: Shard | None
     layout: Layout
@@ -357,7 +361,7 @@ class Target(NamedTuple):
     def _gradient(self) -> Tensor | None:
         """The same view of the gradient."""
         gradient = self.parameter.grad
-        if gradient is not None and gradient.is_sparse and (self.part.view or self.part.part):
+        if gradient is not None and gradient.is_sparse and (self.part.view or self.part.index):
             raise RuntimeError(
                 f"{self.part.name!r} has a sparse gradient, of which a part cannot be truncated by "
                 "itself. Select the whole parameter, or make its gradient dense (`sparse=False`)."
@@ -391,11 +395,9 @@ def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
-def _write(part: Representative, shard: Shard | None, values: Tensor, full: Tensor) -> None:
+def _write(part: Part, shard: Shard | None, values: Tensor, full: Tensor) -> None:
     """Write values of a representative's entries or units to their places in a parameter."""
-    values = values.to(full.device)
     if shard is not None:
-        shard.write(values, full)
+        shard.write(values.to(full.device), full)
     else:
-        entries = part.entries(full)
-        entries.copy_(expand_mask(values, part.units, entries.shape))
+        part.write_(values, full)

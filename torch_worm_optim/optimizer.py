@@ -398,7 +398,7 @@ class WormOptimizer(OptimizerWrapper):
             scope=self._scope,
             min_keep=self._min_keep,
             shards=shards,
-            groups=[each.group for each in self._layout.representatives],
+            groups=[each.selector_index for each in self._layout.representatives],
         )
         self._fit_window()
         window, history = self._search.window, self._search.history
@@ -781,21 +781,20 @@ class WormOptimizer(OptimizerWrapper):
         representatives = self._layout.representatives
         return {
             "parameters": [
-                [canonical_name(part.name) for part in each.ranked] for each in representatives
+                [canonical_name(part.name) for part in each.parts] for each in representatives
             ],
             "followers": [
-                [canonical_name(part.name) for part in each.reached[len(each.ranked) :]]
-                for each in representatives
+                [canonical_name(part.name) for part in each.followers] for each in representatives
             ],
             "parts": [
-                [f"{part.view}{part.part}{part.units}" for part in each.reached]
+                [f"{part.view}{part.index}{part.units}" for part in each.members]
                 for each in representatives
             ],
             "sizes": self._layout.numels(),
             "prune_ratio": self._prune_ratio,
             "scope": self._scope,
             **(
-                {"groups": [each.group for each in representatives]}
+                {"groups": [each.selector_index for each in representatives]}
                 if self._scope == "selector"
                 else {}
             ),

@@ -54,7 +54,7 @@ def kept_counts(
             name if times[name] == 1 else f"{name} (representative {index})",
             numel,
             n_kept,
-            bool(each.units),
+            bool(each.parts[0].units),
         )
         for index, (each, name, numel, n_kept) in enumerate(
             zip(representatives, names, numels, kept, strict=True)

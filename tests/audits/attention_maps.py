@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_worm_optim import QueryKeySelector, Representative
+from torch_worm_optim import Part, QueryKeySelector
 from torch_worm_optim.selectors import Block, attention_blocks
 
 Maps = dict[str, list[Tensor]]
@@ -158,7 +158,7 @@ def mark(block: Block) -> tuple[Tensor, Tensor]:
     return block.parameter, whole
 
 
-def mark_unit(part: Representative, parameter: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+def mark_unit(part: Part, parameter: Tensor, unit: int) -> tuple[Tensor, Tensor]:
     """A parameter and which of its entries belong to one unit of a representative."""
     whole = torch.zeros(parameter.shape, dtype=torch.bool)
     entries = part.entries(whole)
@@ -188,7 +188,7 @@ def judge(
     selector = selector or QueryKeySelector()
     parameters = dict(model.named_parameters())
     selected = {}
-    for part in (part for each in selector(model) for part in each.ranked):
+    for part in (part for each in selector(model) for part in each.parts):
         whole = selected.setdefault(part.name, torch.zeros(parameters[part.name].shape).bool())
         part.entries(whole).fill_(True)
     layers = {

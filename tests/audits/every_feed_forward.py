@@ -125,7 +125,7 @@ class _Changed:
 def rows(model: nn.Module, representative: Representative, units: list[int]) -> list[Tensor]:
     """The entries of these units, one view for each unit and parameter."""
     found = []
-    for part in representative.reached:
+    for part in representative.members:
         entries = part.entries(model.get_parameter(part.name))
         for unit in units:
             one, left = entries, unit
@@ -200,9 +200,8 @@ def judge(
             return f"nothing reads zeros where units of {each.name} are zero", readers
         path, columns = reader
         readers.add(_kind_of(path))
-        for part in each.reached:
-            alone = Representative(part.name, (), part.view, part.part, part.units)
-            with _Changed(rows(model, alone, units), 1.0):
+        for part in each.members:
+            with _Changed(rows(model, Representative(part), units), 1.0):
                 _, after = inputs_of(model, run)
             changed = (after[path] != before[path]).any(0).nonzero().flatten().tolist()
             if not changed or not set(changed) <= set(columns):
@@ -300,7 +299,7 @@ def judge_model(model: nn.Module, run: Callable[[], Tensor]) -> Verdict:
         reason, readers = judge(model, run, selection)
         if "never matter" not in reason:
             break
-    names = {part.name for each in selection for part in each.reached}
+    names = {part.name for each in selection for part in each.members}
     attention = [
         path for path, module in model.named_modules() if attention_blocks(path, module, {})
     ]

@@ -25,7 +25,6 @@ from every_attention import model_types, small_transformer, smallest_with_attent
 from torch import Tensor, nn
 
 from torch_worm_optim import FeedForwardSelector, QueryKeySelector, Representative
-from torch_worm_optim.search import expand_mask
 from torch_worm_optim.shrink import ShrinkReport, load_shrunk_, shrink_
 
 _LARGEST = 150e6
@@ -53,9 +52,10 @@ def zero_units(model: nn.Module, representatives: list[Representative], seed: in
         n_units = each.n_units(parameters[each.name])
         kept = torch.ones(n_units, dtype=torch.bool)
         kept[torch.randperm(n_units, generator=generator)[: n_units // 2]] = False
-        for part in each.reached:
-            entries = part.entries(parameters[part.name])
-            entries.mul_(expand_mask(kept, part.units, entries.shape))
+        for part in each.members:
+            here = torch.ones_like(parameters[part.name])
+            part.write_(kept, here)
+            parameters[part.name].mul_(here)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from training import BASES, same, sample_twice, small_cnn, train, weights_of, wi
 from torch_worm_optim import (
     BatchNormSelector,
     ParameterSelector,
+    Part,
     Phase,
     QueryKeySelector,
     Representative,
@@ -272,7 +273,10 @@ def test_what_is_not_a_state_dict_is_refused():
         ({"min_keep": 2}, "min_keep"),
         ({"selector": lambda model: BatchNormSelector()(model)[::-1]}, "parameters"),
         ({"selector": BatchNormSelector(bias=False)}, "followers"),
-        ({"selector": lambda _: [Representative("8.weight", part=(slice(0, 2),))]}, "parameters"),
+        (
+            {"selector": lambda _: [Representative(Part("8.weight", index=(slice(0, 2),)))]},
+            "parameters",
+        ),
     ],
 )
 def test_masks_drawn_otherwise_are_refused(options, key):
@@ -288,7 +292,7 @@ def test_another_part_of_the_same_size_is_refused():
     """Two parts of one parameter are two searches, however alike their sizes."""
     parts = [slice(0, 1), slice(1, 2)]
     one, other = (
-        build(selector=lambda _, part=part: [Representative("8.weight", part=(part,))])[1]
+        build(selector=lambda _, part=part: [Representative(Part("8.weight", index=(part,)))])[1]
         for part in parts
     )
 
@@ -467,8 +471,8 @@ def transposed():
     return linear
 
 
-SLICED = Representative("weight", part=(slice(0, 4), slice(1, 6, 2)))
-INTERLEAVED = Representative("weight", view=(4, 2, 6), part=(slice(None), slice(0, 1)))
+SLICED = Representative(Part("weight", index=(slice(0, 4), slice(1, 6, 2))))
+INTERLEAVED = Representative(Part("weight", view=(4, 2, 6), index=(slice(None), slice(0, 1))))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from training import (
 from torch_worm_optim import (
     BatchNormSelector,
     ParameterSelector,
+    Part,
     Phase,
     Representative,
     WormOptimizer,
@@ -213,8 +214,9 @@ def test_truncation_reaches_followers(bias):
 def test_part_of_a_parameter_can_be_ranked():
     """Entries outside the part are never masked, truncated or pruned."""
     model = small_cnn()
-    part = Representative("3.weight", view=(3, 4, 8, 3, 3), part=(slice(None), slice(1, 3)))
-    model, opt = wrapped("SGD", model, selector=lambda _: [part], truncation=0.0, trigger="always")
+    part = Part("3.weight", view=(3, 4, 8, 3, 3), index=(slice(None), slice(1, 3)))
+    chosen = lambda _: [Representative(part)]  # noqa: E731
+    model, opt = wrapped("SGD", model, selector=chosen, truncation=0.0, trigger="always")
     train(model, opt, range(3))
     before = model.get_parameter("3.weight").detach().clone()
     mask = opt.candidate_mask["3.weight"]

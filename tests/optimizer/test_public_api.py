@@ -33,6 +33,7 @@ def test_all_names_are_there_and_no_others():
         "FeedForwardSelector",
         "MaskSample",
         "ParameterSelector",
+        "Part",
         "Phase",
         "QueryKeySelector",
         "RecurrentSelector",

@@ -16,6 +16,7 @@ from training import BASES, sample_twice, small_cnn, train, weights_of, window_o
 from torch_worm_optim import (
     BatchNormSelector,
     ParameterSelector,
+    Part,
     Phase,
     QueryKeySelector,
     Representative,
@@ -79,11 +80,7 @@ def test_numbers_are_those_of_the_masks_in_every_phase():
 
 def test_a_summary_outlives_shrinking_and_resuming():
     """The numbers stay those of the search, units included, though parameters are smaller."""
-    filters = Representative(
-        "0.weight",
-        units=(8,),
-        followers=tuple(Representative(name, units=(8,)) for name in ("1.weight", "1.bias")),
-    )
+    filters = Representative(Part("0.weight", units=(8,)), followers=("1.weight", "1.bias"))
     options = {"selector": lambda model: [filters], "sample_every": None, "window": 2}
     model, opt = wrapped(**options)
     sample_twice(opt)
@@ -152,7 +149,7 @@ def test_units_are_counted_where_there_are_some():
 
 def test_parts_of_one_parameter_have_names_of_their_own():
     """Two parts of one weight are two rows."""
-    parts = [Representative("0.weight", part=(slice(i, i + 4),)) for i in (0, 4)]
+    parts = [Representative(Part("0.weight", index=(slice(i, i + 4),))) for i in (0, 4)]
     _, opt = wrapped(selector=lambda model: parts, sample_every=None, scope="layer")
     opt.sample()
 

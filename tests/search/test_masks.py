@@ -15,7 +15,8 @@ from reference import exact_count, reference_mask, reference_ties
 from strategies import layers, prune_ratios, scopes
 from torch import Tensor
 
-from torch_worm_optim.search import compute_mask, expand_mask, sum_over_ranks, unit_magnitudes
+from torch_worm_optim import Part
+from torch_worm_optim.search import compute_mask, sum_over_ranks, unit_magnitudes
 from torch_worm_optim.search import mask as masks_module
 
 min_keeps = st.integers(0, 3)
@@ -504,7 +505,8 @@ def test_units_are_blocks_of_entries(case, seed):
 
     scores = unit_magnitudes([(entries, units)])
     mask = torch.rand(n_units, generator=generator) < 0.5
-    spread = expand_mask(mask, units, shape)
+    spread = torch.empty(shape, dtype=torch.bool)
+    Part("weight", units=units).write_(mask, spread)
 
     for unit, indices in enumerate(members):
         mean = sum(abs(float(entries[index])) for index in indices) / len(indices)
@@ -531,4 +533,7 @@ def test_a_mask_of_entries_spreads_to_itself():
     """Without units every entry has its own place."""
     mask = torch.tensor([True, False, True, True])
 
-    assert expand_mask(mask, (), (2, 2)).equal(mask.view(2, 2))
+    spread = torch.empty(2, 2, dtype=torch.bool)
+    Part("weight").write_(mask, spread)
+
+    assert spread.equal(mask.view(2, 2))

@@ -118,7 +118,7 @@ def test_a_token_that_is_the_only_query_is_a_bias():
     *_, heads = QueryKeySelector(granularity="head")(model)
 
     assert last.name == "head.k_proj.weight"
-    assert [part.name for part in heads.reached[:2]] == ["head.k_proj.weight", "head.cls_token"]
+    assert [part.name for part in heads.members[:2]] == ["head.k_proj.weight", "head.cls_token"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -192,7 +192,7 @@ def test_a_removed_head_gives_nothing(name):
     parameters = dict(model.named_parameters())
     unit, *_ = QueryKeySelector(value=True, granularity="head")(model)
     n_units = unit.n_units(parameters[unit.name])
-    regions = [mark_unit(part, parameters[part.name], n_units - 1) for part in unit.reached]
+    regions = [mark_unit(part, parameters[part.name], n_units - 1) for part in unit.members]
 
     before = attended_values(model, lambda: model(**inputs(1)))
     with zeroed(regions):
@@ -517,7 +517,7 @@ def test_latent_attention_has_no_heads_to_rank():
     }.items():
         setattr(model, name, value)
 
-    q, rope, nope = QueryKeySelector()(model)
+    q, rope, nope = (each.parts[0] for each in QueryKeySelector()(model))
 
     weights = dict(model.named_parameters())
     assert q.entries(weights[q.name]).shape == (10, 4)

@@ -183,7 +183,7 @@ def test_a_unit_of_zeros_is_without_influence_and_others_are_not(kind):
     [block] = FeedForwardSelector()(model)
 
     assert judge(model, run, FeedForwardSelector()) == ""
-    assert [part.name for part in block.ranked] == names
+    assert [part.name for part in block.parts] == names
     assert block.n_units(model.get_parameter(block.name)) == (5 if kind == "timm GluMlp" else 10)
 
 
@@ -329,7 +329,7 @@ def test_a_layout_is_stated_in_one_line():
     def selected(model, **layout):
         [block] = FeedForwardSelector(layouts={"OddMLP": layout})(model)
         weights = dict(model.named_parameters())
-        parts = [(part.name, part.entries(weights[part.name])) for part in block.reached]
+        parts = [(part.name, part.entries(weights[part.name])) for part in block.members]
         return {f"{n} {name}": entries for n, (name, entries) in enumerate(parts)}
 
     assert list(selected(apart, a="gate", b="up", c="down")) == [
@@ -413,4 +413,4 @@ def test_an_activation_is_known_by_its_class_too():
     with pytest.raises(ValueError, match="Sigmoid"):
         FeedForwardSelector()(Between(nn.Sigmoid()))
     [block] = FeedForwardSelector()(Between(nn.PReLU(32)))
-    assert [part.name for part in block.reached] == ["fc1.weight", "fc1.bias", "between.weight"]
+    assert [part.name for part in block.members] == ["fc1.weight", "fc1.bias", "between.weight"]

@@ -15,6 +15,7 @@ from training import sample_twice, small_cnn
 from torch_worm_optim import (
     BatchNormSelector,
     ParameterSelector,
+    Part,
     QueryKeySelector,
     RecurrentSelector,
     Representative,
@@ -411,7 +412,7 @@ def test_recurrent_networks_forget_without_what_is_selected(kind, options, granu
     seen = torch.autograd.functional.jacobian(last_hidden, at)[first, first]
     assert (seen - seen.diag().diag()).abs().max() > 1e-3
     with torch.no_grad():
-        for part in (part for each in selected for part in each.reached):
+        for part in (part for each in selected for part in each.members):
             part.entries(model.get_parameter(part.name)).zero_()
     unseen = torch.autograd.functional.jacobian(last_hidden, at)[first, first]
     assert (unseen - unseen.diag().diag() == 0).all()
@@ -454,6 +455,53 @@ def test_recurrent_cells_count_and_other_networks_do_not():
         RecurrentSelector(granularity="gate")
 
 
+@pytest.mark.parametrize(
+    ("short", "long", "text"),
+    [
+        (Representative("a"), Representative((Part("a"),), (), 0), "Representative('a')"),
+        (
+            Representative("a", "b"),
+            Representative([Part("a")], [Part("b")]),
+            "Representative('a', followers=('b',))",
+        ),
+        (
+            Representative(Part("a", index=(slice(0, 2),), units=(2,)), ("b", Part("c"))),
+            Representative(
+                (Part("a", (), (slice(0, 2),), (2,)),),
+                (Part("b", index=(slice(0, 2),), units=(2,)), Part("c")),
+            ),
+            "Representative(Part('a', index=(slice(0, 2),), units=(2,)), "
+            "followers=('b', Part('c')))",
+        ),
+        (
+            Representative(("a", Part("b", view=(2, 3), index=(slice(None),)))),
+            Representative((Part("a"), Part("b", (2, 3), (slice(None),)))),
+            "Representative(('a', Part('b', view=(2, 3), index=(slice(None),))))",
+        ),
+    ],
+)
+def test_names_stand_for_parts(short, long, text):
+    """What is written short is the same, and is shown as short."""
+    assert short == long
+    assert short.members == (*short.parts, *short.followers)
+    assert repr(long) == text
+    assert eval(text, {"Part": Part, "Representative": Representative}) == long
+
+
+def test_entries_and_rows_can_be_the_same_units():
+    """Only the number of units must agree: a bias is as many entries as its weight has rows."""
+    model = nn.Linear(3, 4)
+    neurons = Representative((Part("weight", units=(4,)), Part("bias")))
+    opt = wrap(lambda _: [neurons], model)
+    opt.sample()
+
+    score = (model.weight.abs().sum(1) + model.bias.abs()) / 4
+    kept = score >= score.median()
+    kept[score.argsort()[1]] = False  # the median is the lower one of two
+    assert opt.candidate_mask["bias"].equal(kept)
+    assert opt.candidate_mask["weight"].equal(kept[:, None].expand(4, 3))
+
+
 def wrap(selector, model=None, parameters=None):
     """A WormOptimizer over a small network with this selector."""
     model = small_cnn() if model is None else model
@@ -486,25 +534,25 @@ def wrap(selector, model=None, parameters=None):
         (
             lambda model: [Representative("0.weight", ("1.bias",))],
             ValueError,
-            r"follower '1\.bias' has shape \(8,\), but '0\.weight' has \(8, 1, 3, 3\)",
+            r"'1\.bias' of shape \(8,\) has 8 units, but '0\.weight'.* has 72\. State the units",
         ),
         (
-            lambda model: [Representative("1.weight", part=(slice(8, 9),))],
+            lambda model: [Representative(Part("1.weight", index=(slice(8, 9),)))],
             ValueError,
             r"'1\.weight' has shape \(8,\), which .* does not fit",
         ),
         (
-            lambda model: [Representative("1.weight", view=(3, 2))],
+            lambda model: [Representative(Part("1.weight", view=(3, 2)))],
             ValueError,
             r"'1\.weight' has shape \(8,\), which .*view=\(3, 2\).* does not fit",
         ),
         *[
             (
-                lambda model, part=part: [Representative("0.weight", part=part)],
+                lambda model, index=index: [Representative(Part("0.weight", index=index))],
                 ValueError,
                 r"'0\.weight' has shape .* does not fit",
             )
-            for part in (
+            for index in (
                 (slice(0, 9),),  # past the end of 8 rows
                 (slice(2, 2),),
                 (slice(-2, None),),  # as many rows as they say, but counted from the other end
@@ -520,38 +568,32 @@ def wrap(selector, model=None, parameters=None):
         ),
         (QueryKeySelector(), ValueError, "no query and key weights in Sequential"),
         (
-            lambda model: [Representative("0.weight", units=(3,))],
+            lambda model: [Representative(Part("0.weight", units=(3,)))],
             ValueError,
             r"have shape \(8, 1, 3, 3\): `units` says .* they must divide",
         ),
         (
-            lambda model: [Representative("1.weight", units=(1, 1))],
+            lambda model: [Representative(Part("1.weight", units=(1, 1)))],
             ValueError,
             r"have shape \(8,\): `units` says",
         ),
         (
             lambda model: [
-                Representative(
-                    "0.weight", units=(8,), partners=(Representative("3.weight", units=(4,)),)
-                )
+                Representative((Part("0.weight", units=(8,)), Part("3.weight", units=(4,))))
             ],
             ValueError,
             r"has 4 units, but '0\.weight', which it goes with, has 8\. State",
         ),
+        (lambda model: [Representative(())], ValueError, "needs something to rank"),
         (
-            lambda model: [Representative("0.weight", (Representative("1.weight"),), units=(8,))],
-            ValueError,
-            "it must have `units` where that has",
-        ),
-        (
-            lambda model: [Representative("1.weight", partners=(Representative("1.bias"),))],
-            ValueError,
-            "has partners, which make up units with it: state them",
+            lambda model: [Representative("0.weight", (Representative("1.weight"),))],
+            TypeError,
+            r"a parameter's name or a `Part`, got Representative\('1\.weight'\)",
         ),
         (
             lambda model: [
-                Representative("0.weight", part=(slice(0, 4),)),
-                Representative("0.weight", part=(slice(3, 8),)),
+                Representative(Part("0.weight", index=(slice(0, 4),))),
+                Representative(Part("0.weight", index=(slice(3, 8),))),
             ],
             ValueError,
             r"'0\.weight' is selected twice\. Name each entry once",

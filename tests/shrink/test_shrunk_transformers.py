@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torch_worm_optim import FeedForwardSelector, QueryKeySelector, Representative, WormOptimizer
-from torch_worm_optim.search import expand_mask
 from torch_worm_optim.selectors import select
 from torch_worm_optim.shrink import load_shrunk_, shrink_
 
@@ -219,9 +218,10 @@ def test_layers_lose_different_numbers_of_heads(attention):
     for number, each in enumerate(HEADS(model)):
         with torch.no_grad():
             kept = torch.arange(n_groups) > number
-            for part in each.reached:
-                entries = part.entries(parameters[part.name])
-                entries.mul_(expand_mask(kept, part.units, entries.shape))
+            for part in each.members:
+                here = torch.ones_like(parameters[part.name])
+                part.write_(kept, here)
+                parameters[part.name].mul_(here)
     expected = model(batch())
     shrink_(model, batch(1))
     torch.testing.assert_close(model(batch()), expected)
@@ -372,10 +372,10 @@ def test_groups_of_unions_are_counted_on():
     """``(a | b) | c`` has three."""
     model = Transformer(Separate)
     union = (FeedForwardSelector() | HEADS) | (lambda model: [Representative("head.weight")])
-    groups = {each.group for each in union(model)}
+    groups = {each.selector_index for each in union(model)}
     assert groups == {0, 1, 2}
     trained, _ = select(union, model, model.parameters())
-    assert [each.group for each in trained] == [0, 0, 1, 1, 2]
+    assert [each.selector_index for each in trained] == [0, 0, 1, 1, 2]
 
 
 # ---- models of transformers and timm

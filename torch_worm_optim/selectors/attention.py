@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -27,7 +27,12 @@ from torch_worm_optim.selectors.projections import (
     Layouts,
     layouts_by_class,
 )
-from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
+from torch_worm_optim.selectors.representative import (
+    LEAVE_IT_OUT,
+    JoinableSelector,
+    Part,
+    Representative,
+)
 
 _QUERIES = ("q", "qk")
 _KEYS = ("k", "kv")
@@ -110,7 +115,7 @@ class QueryKeySelector(JoinableSelector):
     Example:
         >>> attention = nn.MultiheadAttention(embed_dim=8, num_heads=2)
         >>> QueryKeySelector()(attention)
-        [Representative('in_proj_weight', part=(slice(0, 16),))]
+        [Representative(Part('in_proj_weight', index=(slice(0, 16),)))]
         >>> [head] = QueryKeySelector(granularity="head")(attention)
         >>> head.n_units(attention.in_proj_weight)
         2
@@ -212,20 +217,16 @@ class QueryKeySelector(JoinableSelector):
     def _unit_representative(
         self, where: str, blocks: list[Block], n_groups: int, width: int, names: dict[int, str]
     ) -> Representative | None:
-        parts: list[Representative] = []
-        followers: list[Representative] = []
+        parts: list[Part] = []
+        followers: list[Part] = []
         for block in blocks:
             # A value, or a key from a latent, may have another width than a query.
             wide = width if block.label in _QUERIES else block.n_features // n_groups
             part = self._as_units(where, block, n_groups, wide, names[id(block.parameter)])
             (followers if block.is_bias else parts).append(part)
-        if not parts:
-            return None
-        return replace(parts[0], partners=tuple(parts[1:]), followers=tuple(followers))
+        return Representative(parts, followers) if parts else None
 
-    def _as_units(
-        self, where: str, block: Block, n_groups: int, width: int, name: str
-    ) -> Representative:
+    def _as_units(self, where: str, block: Block, n_groups: int, width: int, name: str) -> Part:
         before, n_features, after = block.surroundings
         period, rows = n_features // block.repeat, block.stop - block.start
         outer = min(block.repeat, n_groups)  # a group may lie in several repetitions
@@ -243,10 +244,10 @@ class QueryKeySelector(JoinableSelector):
                 f'and `head_dim` to what they are, or pass granularity="entry".'
             )
         step = width if apart else 1
-        return Representative(
+        return Part(
             name,
             view=(*before, block.repeat, period // step, *((width,) if apart else ()), *after),
-            part=(
+            index=(
                 *(slice(None),) * (len(before) + 1),
                 slice(block.start // step, block.stop // step),
             ),
@@ -524,4 +525,5 @@ def _as_entries(block: Block, name: str) -> Representative:
         return Representative(name)
     view = () if block.repeat == 1 else (*before, block.repeat, period, *after)
     everything = (slice(None),) * (len(before) + (block.repeat > 1))
-    return Representative(name, view=view, part=(*everything, slice(block.start, block.stop)))
+    index = (*everything, slice(block.start, block.stop))
+    return Representative(Part(name, view, index))

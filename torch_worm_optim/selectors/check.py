@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_worm_optim.selectors.attention import QueryKeySelector
 from torch_worm_optim.selectors.batchnorm import BatchNormSelector
-from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, Representative, Selector
+from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, Part, Representative, Selector
 
 
 def default_selector(model: nn.Module) -> list[Representative]:
@@ -93,7 +93,7 @@ def select(
         TypeError: If the selector is not callable or returns something else than representatives,
             or a parameter is not of a floating or complex dtype.
         ValueError: If nothing is selected or nothing of it requires a gradient, a name is unknown,
-            a parameter is selected twice or not owned, or a follower differs in shape.
+            a parameter is selected twice or not owned, or has other units than what it goes with.
         RuntimeError: If a parameter is not materialised yet, or is sharded by FSDP1 or ZeRO-3.
     """
     if not callable(selector):
@@ -110,24 +110,24 @@ def select(
     # Shapes are looked at on tensors without data, whole where a rank holds a part.
     shapes: dict[str, Tensor] = {}
     owned_ids = {id(parameter) for parameter in owned}
-    parts_of: dict[int, list[Representative]] = {}
+    parts_of: dict[int, list[Part]] = {}
     trained: list[Representative] = []
     for representative in representatives:
         if not isinstance(representative, Representative):
             raise TypeError(
                 f"A selector returns a list of Representative, got {representative!r} in it."
             )
-        for part in representative.reached:
+        for part in representative.members:
             _check_name(part.name, parameters, model)
-        if not any(parameters[part.name].requires_grad for part in representative.ranked):
+        if not any(parameters[part.name].requires_grad for part in representative.parts):
             continue
         trained.append(representative)
-        for part in representative.reached:
+        for part in representative.members:
             _check_parameter(part.name, parameters, owned_ids)
             whole = parameters[part.name]
             shapes[part.name] = torch.empty_strided(whole.shape, whole.stride(), device="meta")
         _check_shapes(representative, shapes)
-        for part in representative.reached:
+        for part in representative.members:
             others = parts_of.setdefault(id(parameters[part.name]), [])
             others.append(part)
             if len(others) > 1:
@@ -161,42 +161,24 @@ def _check_parameter(name: str, parameters: dict[str, nn.Parameter], owned_ids: 
 
 
 def _check_shapes(representative: Representative, parameters: dict[str, Tensor]) -> None:
-    for follower in representative.followers:
-        if isinstance(follower, str) and (
-            parameters[follower].shape != parameters[representative.name].shape
-        ):
-            raise ValueError(
-                f"The follower {follower!r} has shape {tuple(parameters[follower].shape)}, "
-                f"but {representative.name!r} has "
-                f"{tuple(parameters[representative.name].shape)}. A mask reaches a follower "
-                "entry by entry, so their shapes must be equal."
-            )
-    for part in representative.reached:
+    for part in representative.members:
         _check_part(part, parameters[part.name])
     n_units = representative.n_units(parameters[representative.name])
-    for part in representative.reached:
+    for part in representative.members:
         n_here = part.n_units(parameters[part.name])
         if n_here != n_units:
             raise ValueError(
-                f"{part} has {n_here} units, but {representative.name!r}, which it goes with, has "
-                f"{n_units}. State as many with `units`."
+                f"{part.name!r} of shape {tuple(parameters[part.name].shape)} has {n_here} units, "
+                f"but {representative.name!r}, which it goes with, has {n_units}. State the units "
+                "of each with Part(name, units=...)."
             )
-        if bool(part.units) != bool(representative.units) or part.partners or part.followers:
-            raise ValueError(
-                f"{part} goes with {representative.name!r}: it must have `units` where that has, "
-                "and neither followers nor partners of its own."
-            )
-    if representative.partners and not representative.units:
-        raise ValueError(
-            f"{representative} has partners, which make up units with it: state them with `units`."
-        )
 
 
-def _check_part(part: Representative, parameter: Tensor) -> None:
+def _check_part(part: Part, parameter: Tensor) -> None:
     shape = part.view or tuple(parameter.shape)
     bounds = [
         (index.start or 0, index.stop, index.step or 1) if isinstance(index, slice) else None
-        for index in part.part
+        for index in part.index
     ]
     fits = math.prod(shape) == parameter.numel() and len(bounds) <= len(shape)
     # Only slices give a view; and those that run over the end are cut short without a word.
@@ -210,7 +192,7 @@ def _check_part(part: Representative, parameter: Tensor) -> None:
     if not fits:
         raise ValueError(
             f"{part.name!r} has shape {tuple(parameter.shape)}, which {part} does not fit: `view` "
-            "must have as many entries, and `part` one slice for each leading dimension, none of "
+            "must have as many entries, and `index` one slice for each leading dimension, none of "
             "them empty or past its end."
         )
     try:
@@ -226,7 +208,7 @@ def _check_part(part: Representative, parameter: Tensor) -> None:
         )
 
 
-def _check_apart(parts: list[Representative], parameter: Tensor) -> None:
+def _check_apart(parts: list[Part], parameter: Tensor) -> None:
     """Raise if the last part has entries of one before it, perhaps under another name."""
     taken = torch.zeros(parameter.shape, dtype=torch.bool, device="cpu")
     for part in parts[:-1]:

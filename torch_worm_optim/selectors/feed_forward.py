@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from torch_worm_optim.selectors.attention import (
     refuse_computed,
 )
 from torch_worm_optim.selectors.projections import Layouts, layouts_by_class
-from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
+from torch_worm_optim.selectors.representative import (
+    LEAVE_IT_OUT,
+    JoinableSelector,
+    Part,
+    Representative,
+)
 
 # A layout says what the output features of each weight are, in the notation of `layouts.py`: ``up``
 # and ``gate`` make the hidden units, ``between`` does something to each of them alone on the way to
@@ -167,8 +172,7 @@ class FeedForwardSelector(JoinableSelector):
     Example:
         >>> layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=32)
         >>> FeedForwardSelector()(layer)
-        [Representative('linear1.weight', units=(32,), followers=(Representative('linear1.bias',
-        units=(32,)),))]
+        [Representative(Part('linear1.weight', units=(32,)), followers=('linear1.bias',))]
 
         With the heads of attention, as in EarlyBERT:
 
@@ -193,8 +197,7 @@ class FeedForwardSelector(JoinableSelector):
             parts = [(block, _as_units(block, names[id(block.parameter)])) for block in blocks]
             ranked = [part for b, part in parts if b.label != "between" and not b.is_bias]
             others = [part for b, part in parts if b.label == "between" or b.is_bias]
-            first = replace(ranked[0], partners=tuple(ranked[1:]), followers=tuple(others))
-            found.setdefault(first.name + str(first.part), first)
+            found.setdefault(ranked[0].name + str(ranked[0].index), Representative(ranked, others))
         if not found:
             raise ValueError(
                 f"FeedForwardSelector found no feed-forward block in {type(model).__name__}. "
@@ -499,17 +502,17 @@ def _name_of(activation: Callable[..., object]) -> str:
     return getattr(activation, "__name__", type(activation).__name__)
 
 
-def _as_units(block: Block, name: str) -> Representative:
+def _as_units(block: Block, name: str) -> Part:
     """A block's output features, each a unit."""
     before, n_features, after = block.surroundings
     period, width = n_features // block.repeat, block.stop - block.start
     ones, everything = (1,) * len(before), (slice(None),) * len(before)
     if block.repeat > 1:
-        return Representative(
+        return Part(
             name,
             view=(*before, block.repeat, period, *after),
-            part=(*everything, slice(None), slice(block.start, block.stop)),
+            index=(*everything, slice(None), slice(block.start, block.stop)),
             units=(*ones, block.repeat, width),
         )
-    part = (*everything, slice(block.start, block.stop)) if width < period else ()
-    return Representative(name, part=part, units=(*ones, width))
+    index = (*everything, slice(block.start, block.stop)) if width < period else ()
+    return Part(name, index=index, units=(*ones, width))

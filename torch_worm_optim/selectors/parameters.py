@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_worm_optim._checks import check_choice
 from torch_worm_optim.distributed import canonical_name
-from torch_worm_optim.selectors.representative import JoinableSelector, Representative
+from torch_worm_optim.selectors.representative import JoinableSelector, Part, Representative
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ParameterSelector(JoinableSelector):
         >>> [r.name for r in ParameterSelector(lambda name, parameter: parameter.ndim == 1)(model)]
         ['0.bias', '2.bias']
         >>> ParameterSelector("0.weight", granularity="row")(model)
-        [Representative('0.weight', units=(4,))]
+        [Representative(Part('0.weight', units=(4,)))]
     """
 
     which: str | re.Pattern[str] | Callable[[str, Tensor], bool]
@@ -59,7 +59,7 @@ class ParameterSelector(JoinableSelector):
     def __call__(self, model: nn.Module) -> list[Representative]:
         """The parameters of ``model`` that match."""
         found = [
-            Representative(name, units=self._units(name, parameter))
+            Representative(Part(name, units=self._units(name, parameter)))
             for name, parameter in model.named_parameters()
             if self._matches(name, parameter)
         ]

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from torch_worm_optim._checks import check_choice
-from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
+from torch_worm_optim.selectors.representative import (
+    LEAVE_IT_OUT,
+    JoinableSelector,
+    Part,
+    Representative,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class RecurrentSelector(JoinableSelector):
         [Representative('weight_hh_l0')]
         >>> [unit] = RecurrentSelector(granularity="unit")(nn.LSTM(3, 4, bias=False))
         >>> unit
-        Representative('weight_hh_l0', view=(4, 4, 4), units=(1, 4))
+        Representative(Part('weight_hh_l0', view=(4, 4, 4), units=(1, 4)))
 
     References:
         [1] Vasudev, "The EarlyBird Gets the WORM", PMLR 262, 2024,
@@ -72,10 +77,8 @@ class RecurrentSelector(JoinableSelector):
         if self.granularity == "entry":
             return Representative(name)
         n_gates, units = weight.shape[0] // hidden_size, (1, hidden_size)
-        follower = bias and Representative(bias, view=(n_gates, hidden_size), units=units)
+        follower = bias and Part(bias, view=(n_gates, hidden_size), units=units)
         return Representative(
-            name,
+            Part(name, view=(n_gates, hidden_size, weight.shape[1]), units=units),
             followers=(follower,) if follower else (),
-            view=(n_gates, hidden_size, weight.shape[1]),
-            units=units,
         )
