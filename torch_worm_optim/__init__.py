@@ -10,7 +10,6 @@ from torch_worm_optim.selectors import FeedForwardSelector as FeedForwardSelecto
 from torch_worm_optim.selectors import ParameterSelector as ParameterSelector
 from torch_worm_optim.selectors import Part as Part
 from torch_worm_optim.selectors import QueryKeySelector as QueryKeySelector
-from torch_worm_optim.selectors import RecurrentSelector as RecurrentSelector
 from torch_worm_optim.selectors import Representative as Representative
 from torch_worm_optim.selectors import Selector as Selector
 from torch_worm_optim.shrink import ShrinkReport as ShrinkReport
@@ -28,7 +27,6 @@ __all__ = [
     "Part",
     "Phase",
     "QueryKeySelector",
-    "RecurrentSelector",
     "Representative",
     "Selector",
     "ShrinkReport",

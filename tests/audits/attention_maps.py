@@ -149,7 +149,7 @@ def zeroed(regions: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
 
 def mark(block: Block) -> tuple[Tensor, Tensor]:
     """A block's parameter and which of its entries are the block's."""
-    before, n_features, after = block.surroundings
+    before, n_features, after = block.split_shape
     period = n_features // block.repeat
     whole = torch.zeros(block.parameter.shape, dtype=torch.bool)
     whole.view(*before, block.repeat, period, *after)[

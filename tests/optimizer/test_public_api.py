@@ -36,7 +36,6 @@ def test_all_names_are_there_and_no_others():
         "Part",
         "Phase",
         "QueryKeySelector",
-        "RecurrentSelector",
         "Representative",
         "Selector",
         "ShrinkReport",

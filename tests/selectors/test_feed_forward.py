@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import every_attention
 import every_feed_forward
@@ -143,6 +144,16 @@ MODULES = {
         ),
         ["mlp.1.weight"],
     ),
+    "sequence of convolutions": (
+        lambda: nn.ModuleDict(
+            {
+                "mlp": nn.Sequential(
+                    *(nn.Conv2d(6, 10, 1), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 6, 1))
+                )
+            }
+        ),
+        ["mlp.0.weight"],
+    ),
     "convolution": (WithConvolution, ["fc1.weight"]),
     "timm Mlp": (lambda: of_timm("Mlp"), ["fc1.weight"]),
     "timm ConvMlp": (lambda: of_timm("ConvMlp"), ["fc1.weight"]),
@@ -170,7 +181,7 @@ def test_a_unit_of_zeros_is_without_influence_and_others_are_not(kind):
     build, names = MODULES[kind]
     model = build().eval()
     x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
-    if "Conv" in kind:
+    if "Conv" in kind or "convolutions" in kind:
         x = x.mT[..., None]
     layers = model.values() if isinstance(model, nn.ModuleDict) else [model]
 
@@ -344,6 +355,102 @@ def test_a_layout_is_stated_in_one_line():
     turns = list(selected(fused, a="10 * (gate up)", c="down").values())
     assert turns[0].squeeze(1).equal(fused.a.weight[::2])
     assert turns[1].squeeze(1).equal(fused.a.weight[1::2])
+
+
+@pytest.mark.parametrize("kind", ["BlockWithAttn", "ChannelAttentionNet", "Block", "SEquence"])
+def test_what_holds_a_block_does_not_decide_by_its_name(kind):
+    """A block in a module that is called like a gate of channels is a block."""
+    model = type(kind, (nn.Module,), {})()
+    model.mlp = MLP(fc1=nn.Linear(6, 10), fc2=nn.Linear(10, 6))
+
+    assert [each.name for each in FeedForwardSelector()(model)] == ["mlp.fc1.weight"]
+
+
+def test_what_is_left_out_for_its_name_is_named(caplog):
+    """One line for each class that would have been a block under another name."""
+
+    class ChannelAttention(Block):
+        pass
+
+    def block(kind):
+        return kind(fc1=nn.Linear(6, 10), fc2=nn.Linear(10, 6))
+
+    model = nn.ModuleList([block(MLP), block(ChannelAttention), block(ChannelAttention)])
+    layouts = {"ChannelAttention": {"fc1": "up", "fc2": "down"}}
+    with caplog.at_level("INFO", "torch_worm_optim"):
+        assert len(FeedForwardSelector()(model)) == 1
+        assert len(FeedForwardSelector(layouts=layouts)(model)) == 3
+
+    [line] = caplog.messages
+    assert "leaves out ChannelAttention, '1' for one" in line
+    assert 'layouts={"ChannelAttention": {...}}' in line
+
+
+class InThreeDimensions(nn.Module):
+    """An activation of positions in a sequence, and of nothing else."""
+
+    def __init__(self, at_zero: float) -> None:
+        super().__init__()
+        self.at_zero = at_zero
+
+    def forward(self, x):
+        """A shift, or nothing."""
+        if x.ndim != 3:
+            raise ValueError("positions, please")
+        return x + self.at_zero
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        *((nn.Softmax(dim=dim), "does not map 0 to 0") for dim in (-1, 1, 2, 3)),
+        (nn.Softmax2d(), "does not map 0 to 0"),
+        (InThreeDimensions(1.0), "does not map 0 to 0"),
+        (lambda x, y: x, r"cannot be called with zeros of shape \(2,\) or \(1, 10\)"),
+    ],
+)
+def test_activations_of_any_number_of_dimensions_are_tried(activation, message):
+    """What can be called with zeros of some shape must give zeros, and the rest is refused."""
+    with pytest.raises(ValueError, match=f"{message}.*Leave it out"):
+        FeedForwardSelector()(Block(activation, fc1=nn.Linear(6, 10), fc2=nn.Linear(10, 6)))
+
+
+@pytest.mark.parametrize(
+    "activation", [InThreeDimensions(0.0), nn.PReLU(10), nn.ReLU(inplace=True), F.gelu]
+)
+def test_activations_that_keep_zero_are_kept(activation):
+    """In whatever shape they take."""
+    block = Block(activation, fc1=nn.Linear(6, 10), fc2=nn.Linear(10, 6))
+
+    assert len(FeedForwardSelector()(block)) == 1
+
+
+def test_activations_are_tried_where_their_buffers_have_no_data():
+    """On the meta device as anywhere."""
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("slope", torch.full((1,), 3.0))
+
+        def forward(self, x):
+            return x * self.slope
+
+    with torch.device("meta"):
+        block = Block(Steep(), fc1=nn.Linear(6, 10), fc2=nn.Linear(10, 6))
+
+    assert len(FeedForwardSelector()(block)) == 1
+
+
+def test_many_modules_take_time_in_proportion():
+    """Ten thousand modules that are no block are passed in seconds, as they were not."""
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.Linear(1, 1) for _ in range(10_000))
+    start = time.process_time()
+    with pytest.raises(ValueError, match="found no feed-forward block in ModuleList"):
+        FeedForwardSelector()(model)
+
+    assert time.process_time() - start < 5
 
 
 def test_it_looks_at_shapes_only():

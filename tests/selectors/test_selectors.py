@@ -10,14 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from training import sample_twice, small_cnn
+from training import small_cnn
 
 from torch_worm_optim import (
     BatchNormSelector,
     ParameterSelector,
     Part,
     QueryKeySelector,
-    RecurrentSelector,
     Representative,
     Selector,
     WormOptimizer,
@@ -218,7 +217,7 @@ def test_where_the_default_finds_nothing_each_line_of_advice_works_as_typed(kind
 
 def test_a_selector_that_finds_nothing_sends_to_the_advice():
     """None of them recommends by itself what may not be there either."""
-    for selector in (BatchNormSelector(), QueryKeySelector(), RecurrentSelector(), lambda _: []):
+    for selector in (BatchNormSelector(), QueryKeySelector(), lambda _: []):
         with pytest.raises(ValueError, match=r"found no.* in Linear.*Leave out `selector=`"):
             wrap(selector, nn.Linear(2, 2))
 
@@ -304,9 +303,31 @@ def test_layers_without_a_map_are_no_attention():
 
     model = nn.ModuleList([SomeLightningAttention({"qkv_proj": nn.Linear(4, 12)})])
 
-    assert not QueryKeySelector().finds_any(model)
+    with pytest.raises(ValueError, match="no query and key weights"):
+        QueryKeySelector()(model)
     with pytest.raises(ValueError, match="has neither BatchNorm scales nor attention"):
         default_selector(model)
+
+
+def test_layers_that_are_taken_for_layers_without_a_map_are_named(caplog):
+    """A class is passed over for its name; a line says so, and that it can be stated."""
+
+    class ConvLSTMAttention(nn.ModuleDict):
+        pass
+
+    layers = {name: nn.Linear(4, 4) for name in ("q", "k", "v")}
+    model = nn.ModuleDict(
+        {"odd": ConvLSTMAttention(layers), "plain": nn.ModuleDict(layers), "lstm": nn.LSTM(2, 2)}
+    )
+    layouts = {"ConvLSTMAttention": {name: name for name in layers}}
+    with caplog.at_level("INFO", "torch_worm_optim"):
+        QueryKeySelector()(model)
+        QueryKeySelector(layouts=layouts)(model)
+        QueryKeySelector(layouts={"ConvLSTMAttention": {}})(model)
+
+    [line] = caplog.messages
+    assert "leaves out ConvLSTMAttention, 'odd' for one" in line
+    assert 'layouts={"ConvLSTMAttention": {...}}' in line
 
 
 def test_queries_and_keys_of_known_layouts():
@@ -363,16 +384,7 @@ def test_rows_are_units():
         ParameterSelector("w", granularity="row")(scalar)
 
 
-class Recurrent(nn.Module):
-    """One recurrent layer over a sequence."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("granularity", ["entry", "unit"])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -383,21 +395,17 @@ class Recurrent(nn.Module):
         (nn.LSTM, {"proj_size": 2}),
     ],
 )
-def test_recurrent_networks_forget_without_what_is_selected(kind, options, granularity):
+def test_recurrent_networks_forget_without_what_a_pattern_selects(kind, options):
     """Without them a unit sees of the last hidden state nothing, or only itself (as GRUs do)."""
     torch.manual_seed(0)
-    model = Recurrent(kind(3, 4, **options))
-    layer = model.layer
+    layer = kind(3, 4, **options)
+    model = nn.ModuleDict({"layer": layer, "again": layer})
 
-    selected = RecurrentSelector(granularity=granularity)(model)
+    selected = ParameterSelector("*weight_hh*")(model)
 
-    assert [r.name for r in selected] == [
-        name for name, _ in model.named_parameters() if "weight_hh" in name
-    ]
-    if granularity == "unit":
-        assert all(r.n_units(model.get_parameter(r.name)) == 4 for r in selected)
-    x = torch.randn(1, 1, 3)
     n_states = layer.num_layers * (2 if layer.bidirectional else 1)
+    assert len(selected) == n_states
+    x = torch.randn(1, 1, 3)
     width = layer.proj_size or layer.hidden_size
 
     def last_hidden(h):
@@ -406,53 +414,29 @@ def test_recurrent_networks_forget_without_what_is_selected(kind, options, granu
         end = layer(x, states)[1]
         return (end[0] if kind is nn.LSTM else end).flatten()
 
-    # How much the first layer's next state changes with its last one.
-    first = slice(0, width)
+    # How much each layer's next state changes with its last one.
     at = torch.randn(n_states * width)
-    seen = torch.autograd.functional.jacobian(last_hidden, at)[first, first]
-    assert (seen - seen.diag().diag()).abs().max() > 1e-3
+    blocks = [slice(i * width, (i + 1) * width) for i in range(n_states)]
+
+    def seen():
+        whole = torch.autograd.functional.jacobian(last_hidden, at)
+        own = [whole[block, block] for block in blocks]
+        return [each - each.diag().diag() if kind is nn.GRU else each for each in own]
+
+    assert all(each.abs().max() > 1e-3 for each in seen())
     with torch.no_grad():
-        for part in (part for each in selected for part in each.members):
-            part.entries(model.get_parameter(part.name)).zero_()
-    unseen = torch.autograd.functional.jacobian(last_hidden, at)[first, first]
-    assert (unseen - unseen.diag().diag() == 0).all()
-    assert kind is nn.GRU or (unseen == 0).all()
+        for each in selected:
+            model.get_parameter(each.name).zero_()
+    assert not any(each.any() for each in seen())
+    assert any(parameter.any() for name, parameter in model.named_parameters() if "_ih" in name)
 
 
-def test_the_gates_of_a_hidden_unit_go_together():
-    """A unit's score is the mean over its rows in all gates; its biases go with them."""
-    torch.manual_seed(0)
-    model = nn.LSTM(3, 4)
-    opt = WormOptimizer(
-        torch.optim.SGD(model.parameters(), 0.0),
-        model,
-        RecurrentSelector(granularity="unit"),
-        window=2,
-        sample_every=None,
-        stopping_point=1,
-        prune_ratio=0.25,
-    )
-    lowest = int(model.weight_hh_l0.detach().abs().view(4, 4, 4).mean((0, 2)).argmin())
-    sample_twice(opt)
-    opt.prune()
-
-    kept = torch.arange(4) != lowest
-    assert opt.final_mask["weight_hh_l0"].view(4, 4, 4).equal(kept[None, :, None].expand(4, 4, 4))
-    assert (model.weight_hh_l0.view(4, 4, 4)[:, lowest] == 0).all()
-    assert (model.bias_hh_l0.view(4, 4)[:, lowest] == 0).all()
-    assert (model.bias_hh_l0.view(4, 4)[:, kept] != 0).all()
-    assert (model.bias_ih_l0 != 0).all()
-
-
-def test_recurrent_cells_count_and_other_networks_do_not():
-    """Cells have hidden-to-hidden weights, shared ones count once; nothing at all is an error."""
+def test_the_pattern_selects_recurrent_cells_too():
+    """One weight each; a cell that is shared counts once."""
     cell = nn.GRUCell(3, 4)
+    cells = nn.ModuleList([nn.RNNCell(3, 4), nn.LSTMCell(3, 4), cell, cell])
 
-    assert names(RecurrentSelector(), nn.ModuleList([cell, cell])) == ["0.weight_hh"]
-    with pytest.raises(ValueError, match="no recurrent layer in Sequential"):
-        RecurrentSelector()(small_cnn())
-    with pytest.raises(ValueError, match="'entry', 'unit', got 'gate'"):
-        RecurrentSelector(granularity="gate")
+    assert names(ParameterSelector("*weight_hh*"), cells) == [f"{i}.weight_hh" for i in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from torch_worm_optim.selectors.check import select as select
 from torch_worm_optim.selectors.feed_forward import FeedForwardSelector as FeedForwardSelector
 from torch_worm_optim.selectors.parameters import ParameterSelector as ParameterSelector
 from torch_worm_optim.selectors.projections import HEAD_COUNTS as HEAD_COUNTS
-from torch_worm_optim.selectors.recurrent import RecurrentSelector as RecurrentSelector
 from torch_worm_optim.selectors.representative import Part as Part
 from torch_worm_optim.selectors.representative import Representative as Representative
 from torch_worm_optim.selectors.representative import Selector as Selector

@@ -8,7 +8,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, JoinableSelector, Representative
+from torch_worm_optim.selectors.representative import (
+    HINT_DEFAULT,
+    JoinableSelector,
+    NothingFound,
+    Representative,
+)
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,11 @@ class BatchNormSelector(JoinableSelector):
                 followed.add(id(shift))
                 shifts.append(names[id(shift)])
         if not shifts_of:
-            raise ValueError(
+            raise NothingFound(
                 "BatchNormSelector found no BatchNorm layer with a scale in "
-                f"{type(model).__name__}. {LEAVE_IT_OUT}"
+                f"{type(model).__name__}. {HINT_DEFAULT}"
             )
         return [Representative(name, tuple(shifts)) for name, shifts in shifts_of.items()]
-
-    def finds_any(self, model: nn.Module) -> bool:
-        """Whether ``model`` has a BatchNorm with a scale."""
-        return any(
-            isinstance(m, _BatchNorm)
-            and (m._parameters.get("weight") is not None or _is_computed(m, "weight"))
-            for m in model.modules()
-        )
 
 
 def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:

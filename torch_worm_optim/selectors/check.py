@@ -1,10 +1,11 @@
-"""From a selector to representatives that an optimizer can be trusted with."""
+"""The default selector, and the checks of what any selector returns."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +13,19 @@ from torch.nn.parameter import is_lazy
 
 from torch_worm_optim.selectors.attention import QueryKeySelector
 from torch_worm_optim.selectors.batchnorm import BatchNormSelector
-from torch_worm_optim.selectors.representative import LEAVE_IT_OUT, Part, Representative, Selector
+from torch_worm_optim.selectors.representative import (
+    HINT_DEFAULT,
+    NothingFound,
+    Part,
+    Representative,
+    Selector,
+)
 
 
 def default_selector(model: nn.Module) -> list[Representative]:
-    """BatchNorm scales if there are any, else query and key weights.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        What :class:`~torch_worm_optim.BatchNormSelector` or, failing that,
-        :class:`~torch_worm_optim.QueryKeySelector` finds.
-
-    Raises:
-        ValueError: When the model has neither.
-
-    Example:
-        >>> default_selector(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[0].name
-        '1.weight'
-    """
+    """BatchNorm scales if there are any, else query and key weights; an error if neither."""
     for selector in (BatchNormSelector(), QueryKeySelector()):
-        if selector.finds_any(model):
+        with suppress(NothingFound):
             return selector(model)
     kinds = {type(module).__name__ for module in model.modules()}
     frozen = ", ".join(sorted(kind for kind in kinds if "FrozenBatchNorm" in kind))
@@ -41,11 +33,11 @@ def default_selector(model: nn.Module) -> list[Representative]:
         f"{type(model).__name__} has neither BatchNorm scales nor attention with query and key "
         "weights, so no parameters represent it by themselves. "
         + (f"Scales of {frozen} are buffers, which are not trained: use BatchNorm. " * bool(frozen))
-        + f"Name some that it has:{_what_there_is(model)}"
+        + f"Name some that it has:{_suggest_selectors(model)}"
     )
 
 
-def _what_there_is(model: nn.Module) -> str:
+def _suggest_selectors(model: nn.Module) -> str:
     """A line for each selector that finds what is trained, to be typed as it stands."""
     trained = [
         (module, name, parameter)
@@ -60,7 +52,7 @@ def _what_there_is(model: nn.Module) -> str:
     }
     lines = []
     if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and "weight_hh" in n for m, n, _ in trained):
-        lines.append("hidden-to-hidden weights: selector=RecurrentSelector()")
+        lines.append('hidden-to-hidden weights: selector=ParameterSelector("*weight_hh*")')
     if norms:
         lines.append(
             f"scales of {', '.join(sorted(norms))}: "
@@ -78,24 +70,7 @@ def _what_there_is(model: nn.Module) -> str:
 def select(
     selector: Selector, model: nn.Module, owned: Iterable[Tensor]
 ) -> tuple[list[Representative], int]:
-    """What a selector names and is trained, checked: it exists, is owned, and is named once.
-
-    Args:
-        selector: Any selector.
-        model: The model to select from.
-        owned: The parameters that the base optimizer trains.
-
-    Returns:
-        The representatives that require a gradient, in the selector's order, and how many others
-        there are.
-
-    Raises:
-        TypeError: If the selector is not callable or returns something else than representatives,
-            or a parameter is not of a floating or complex dtype.
-        ValueError: If nothing is selected or nothing of it requires a gradient, a name is unknown,
-            a parameter is selected twice or not owned, or has other units than what it goes with.
-        RuntimeError: If a parameter is not materialised yet, or is sharded by FSDP1 or ZeRO-3.
-    """
+    """What is selected and requires a gradient, checked, and how much is selected and does not."""
     if not callable(selector):
         raise TypeError(
             "`selector` must be a callable model -> list of Representative, such as "
@@ -104,7 +79,7 @@ def select(
     representatives = list(selector(model))
     if not representatives:
         raise ValueError(
-            f"The selector {selector!r} found nothing in {type(model).__name__}. {LEAVE_IT_OUT}"
+            f"The selector {selector!r} found nothing in {type(model).__name__}. {HINT_DEFAULT}"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Shapes are looked at on tensors without data, whole where a rank holds a part.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,73 +14,44 @@ from torch import Tensor, nn
 
 from torch_worm_optim.selectors.attention import (
     Block,
+    describe,
     parameters_at,
-    parse_layout,
+    read_layouts,
     refuse_computed,
 )
-from torch_worm_optim.selectors.projections import Layouts, layouts_by_class
+from torch_worm_optim.selectors.projections import Layouts, known_layouts, stated_layouts
 from torch_worm_optim.selectors.representative import (
-    LEAVE_IT_OUT,
+    HINT_DEFAULT,
     JoinableSelector,
-    Part,
+    NothingFound,
     Representative,
+    log_left_out,
 )
 
-# A layout says what the output features of each weight are, in the notation of `layouts.py`: ``up``
-# and ``gate`` make the hidden units, ``between`` does something to each of them alone on the way to
-# ``down``, and any other name is nothing to the block.
+
+def _named(labels: tuple[str, ...], names: str) -> Iterator[Layouts]:
+    """Layouts of weights with these labels, in the notation of `projections`."""
+    for each in names.split(","):
+        yield dict(zip(each.split(), labels, strict=True))
+
 
 # Names that mean the same in every class that has all of them, if their sizes fit.
 _BY_NAMES: tuple[Layouts, ...] = (
-    *(
-        {gate: "gate", up: "up", down: "down"}
-        for gate, up, down in (
-            ("gate_proj", "up_proj", "down_proj"),
-            ("proj_up_gate", "proj_up", "proj_down"),
-            ("wi_0", "wi_1", "wo"),
-            ("w1", "w3", "w2"),
-            ("w0", "w1", "w2"),
-            ("w_in.w_0", "w_in.w_1", "w_out"),
-            ("fc1_g", "fc1_x", "fc2"),
-            ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),
-        )
+    *_named(
+        ("gate", "up", "down"),
+        """gate_proj up_proj down_proj, proj_up_gate proj_up proj_down, wi_0 wi_1 wo, w1 w3 w2,
+        w0 w1 w2, w_in.w_0 w_in.w_1 w_out, fc1_g fc1_x fc2,
+        gate_proj.linear up_proj.linear down_proj.linear""",
     ),
-    *(
-        {both: "gate up", down: "down"}
-        for both, down in (
-            ("gate_up_proj", "down_proj"),
-            ("input_linear", "output_linear"),
-            ("w12", "w3"),
-        )
-    ),
-    *(
-        {up: "up", down: "down"}
-        for up, down in (
-            ("intermediate.dense", "output.dense"),
-            ("layout_intermediate.dense", "layout_output.dense"),  # LiLT has both
-            ("intermediate.conv1d", "output.conv1d"),
-            ("dense.dense", "output.dense"),
-            ("intermediate", "output"),
-            ("intermediate_dense", "output_dense"),
-            ("dense_h_to_4h", "dense_4h_to_h"),
-            ("up_proj", "down_proj"),
-            ("gate_proj", "down_proj"),
-            ("fc1", "fc2"),
-            ("fc_in", "fc_out"),
-            ("ff_in", "ff_out"),
-            ("c_fc", "c_proj"),
-            ("lin1", "lin2"),
-            ("linear1", "linear2"),
-            ("linear_1", "linear_2"),
-            ("linear_fc1", "linear_fc2"),
-            ("layer_1", "layer_2"),
-            ("ffw_layer_1", "ffw_layer_2"),
-            ("ffn", "ffn_output"),
-            ("dense1", "dense2"),
-            ("wi", "wo"),
-            ("w_1", "w_2"),
-            ("w1", "w2"),
-        )
+    *_named(("gate up", "down"), "gate_up_proj down_proj, input_linear output_linear, w12 w3"),
+    *_named(
+        ("up", "down"),
+        """intermediate.dense output.dense, layout_intermediate.dense layout_output.dense,
+        intermediate.conv1d output.conv1d, dense.dense output.dense, intermediate output,
+        intermediate_dense output_dense, dense_h_to_4h dense_4h_to_h, up_proj down_proj,
+        gate_proj down_proj, fc1 fc2, fc_in fc_out, ff_in ff_out, c_fc c_proj, lin1 lin2,
+        linear1 linear2, linear_1 linear_2, linear_fc1 linear_fc2, layer_1 layer_2,
+        ffw_layer_1 ffw_layer_2, ffn ffn_output, dense1 dense2, wi wo, w_1 w_2, w1 w2""",
     ),
 )
 
@@ -130,18 +101,19 @@ _BY_CLASS: dict[str, Layouts] = {
 }
 
 _LIKE = re.compile(r"mlp|feed_?forward|ffn|ffwd", re.IGNORECASE)  # names of classes and modules
-# Pairs of matrices that are no part of a residual stream, though their names may be alike; and what
-# makes weights of channels or positions, with all that is in it.
-_OTHERWISE = re.compile(
+# Pairs of matrices that are no part of a residual stream, though their names may be alike.
+_NOT_A_BLOCK = re.compile(
     r"Router|(Head|Classifier|Pooler|Merger|Projector|Adapter|Embed(der|dings?)?)$"
 )
-_WEIGHTS = re.compile(
+# Small nets whose output is the weights of channels or positions, and what holds such nets.
+_GATING_NETS = re.compile(
     r"Attn$|RelPosMlp|^SE[A-Z]|Excit|ChannelAtt|GlobalContext|^(cpb|meta|pos\w*)_mlp$"
 )
+_GATING_HOLDERS = frozenset({"GatherExcite", "GlobalContext", "RelPosMlp"})
 _ACTIVATION = re.compile(r"(^|_)(act|activation|non_?linearity)(_|\d|$)")
-_MAKE_UNITS = ("up", "gate", "between")
-# What makes nothing of one unit out of another.
-_ONE_BY_ONE = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.PReLU)
+_HIDDEN = ("up", "gate", "between")
+# Layers that treat each unit by itself.
+_ELEMENTWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -194,65 +166,58 @@ class FeedForwardSelector(JoinableSelector):
         for path, module, layout in self._understood(model):
             blocks = feed_forward_blocks(path, module, layout)
             refuse_computed(path, module, blocks, names)
-            parts = [(block, _as_units(block, names[id(block.parameter)])) for block in blocks]
+            parts = [(b, b.part(names[id(b.parameter)], by_feature=True)) for b in blocks]
             ranked = [part for b, part in parts if b.label != "between" and not b.is_bias]
             others = [part for b, part in parts if b.label == "between" or b.is_bias]
-            found.setdefault(ranked[0].name + str(ranked[0].index), Representative(ranked, others))
+            found.setdefault(repr(ranked[0]), Representative(ranked, others))
         if not found:
-            raise ValueError(
+            raise NothingFound(
                 f"FeedForwardSelector found no feed-forward block in {type(model).__name__}. "
-                f"{LEAVE_IT_OUT}"
+                f"{HINT_DEFAULT}"
             )
         return list(found.values())
 
     def _understood(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Layouts]]:
         """The blocks and their layouts, once nothing that looks like one is left."""
         modules = dict(model.named_modules())
-        layouts = {
-            path: _layouts_of(module, path, modules, self.layouts)
-            for path, module in modules.items()
-        }
+        layouts: dict[str, list[Layouts] | None] = {}
+        left_out: dict[str, str] = {}
+        understood_inside: set[str] = set()  # paths of modules
+        for path, module in modules.items():
+            holder, _, name = path.rpartition(".")
+            kind, holding = type(module).__name__, type(modules[holder]).__name__ if path else ""
+            known = stated_layouts(module, self.layouts)
+            known = known_layouts(module, _BY_CLASS) if known is None else known
+            own = _by_names(module, path, holding) if known is None else [known]
+            if known is None and _is_no_block(kind, name, holding):
+                if own:
+                    left_out.setdefault(kind, path)
+                own = []
+            layouts[path] = own
+            above = path
+            while own is not None and above:
+                above = above.rpartition(".")[0]
+                if above in understood_inside:
+                    break
+                understood_inside.add(above)
+        log_left_out(
+            self, left_out, "is named like a gate or a head, not a block of a residual stream"
+        )
         for path, module in modules.items():
             own = layouts[path]
             if own is not None:
                 yield from ((path, module, layout) for layout in own if layout)
-            elif not any(
-                layouts[inner] is not None
-                for inner in layouts
-                if inner != path and inner.startswith(f"{path}." if path else "")
-            ):
+            elif path not in understood_inside:
                 _refuse_if_alike(path, module)
 
 
 def feed_forward_blocks(path: str, module: nn.Module, layout: Layouts) -> list[Block]:
-    """What makes the hidden units of one block, weights and biases.
-
-    Args:
-        path: The block's path in its model, for messages.
-        module: The block, or a layer that has its matrices.
-        layout: What the output features of its weights are.
-
-    Returns:
-        What is labelled ``up``, ``gate`` or ``between``, and what stands between without a label.
-
-    Raises:
-        ValueError: If the layout does not fit, or a unit of zeros would not be without influence.
-    """
-    kind = type(module).__name__
-    where = f"{path or 'the model'!r} ({kind})"
-    leave_it_out = f'FeedForwardSelector(layouts={{"{kind}": {{}}}})'
-    blocks = []
-    for name, parameter, text, runs in _read(module, layout):
+    """What makes the hidden units of one block, elementwise layers and biases included."""
+    where, leave_it_out = describe(path, module), _leave_out(module)
+    for name, parameter, *_ in (each for key in layout for each in parameters_at(module, key)):
         if _is_of_experts(module, name, parameter):
             _refuse_experts(where, leave_it_out, name, parameter)
-        try:
-            blocks += list(runs)
-        except (AttributeError, ValueError) as error:
-            raise ValueError(
-                f"The layout {text!r} does not fit {name!r} of {where}, which has shape "
-                f"{tuple(parameter.shape)}: {error} State what it is with "
-                "FeedForwardSelector(layouts=...)."
-            ) from error
+    blocks = read_layouts(path, module, layout, "FeedForwardSelector")
     sizes = _hidden_sizes(module, blocks)
     if len(set(sizes.values())) != 1:
         raise ValueError(
@@ -260,55 +225,48 @@ def feed_forward_blocks(path: str, module: nn.Module, layout: Layouts) -> list[B
             f"units wherever they are made or read, got {sizes or 'none'}. State what it is with "
             "FeedForwardSelector(layouts=...)."
         )
-    blocks = [block for block in blocks if block.label in _MAKE_UNITS]
+    blocks = [block for block in blocks if block.label in _HIDDEN]
     up = next(block for block in blocks if block.label == "up" and not block.is_bias)
     units = (
         f"The {up.n_features} hidden units of {where}, made by {up.path!r} of shape "
         f"{tuple(up.parameter.shape)},"
     )
-    for name, inner in _between(module, blocks, up):
-        if not isinstance(inner, _ONE_BY_ONE):
+    between = dict(_layers_between(module, blocks, up))
+    for name, inner in between.items():
+        if not isinstance(inner, _ELEMENTWISE):
             raise ValueError(
                 f"{units} pass through {name!r} ({type(inner).__name__}), where a unit of zeros "
                 f"has a say in what becomes of the others. Leave it out: {leave_it_out}."
             )
         for own, parameter in inner.named_parameters(name):
-            n_after = parameter.ndim - 1
-            blocks.append(Block("between", own, parameter, 0, n_after, 1, 0, up.n_features))
+            trailing = parameter.ndim - 1
+            blocks.append(Block("between", own, parameter, 0, trailing, 1, 0, up.n_features))
     if not any(block.label == "gate" for block in blocks):
         for name, activation in _activations(module, up):
-            if not _keeps_zero(activation):
+            if name not in between and (why := _why_not_zero(activation, up.n_features)):
                 raise ValueError(
-                    f"{units} pass through {name!r} ({_name_of(activation)}), which does not map 0 "
-                    f"to 0. Leave it out: {leave_it_out}."
+                    f"{units} pass through {name!r} ({_name_of(activation)}), which {why}. "
+                    f"Leave it out: {leave_it_out}."
                 )
     return blocks
 
 
-def _read(module: nn.Module, layout: Layouts) -> Iterator[tuple[str, Tensor, str, Iterator[Block]]]:
-    """Each parameter with its layout, and the blocks that the layout cuts it into."""
-    for pattern, label in layout.items():
-        text = label if isinstance(label, str) else label(module)
-        for name, parameter, n_before, n_after in parameters_at(module, pattern):
-            n_features = math.prod(parameter.shape[n_before : parameter.ndim - n_after])
-            runs = (
-                Block(run[0], name, parameter, n_before, n_after, *run[1:])
-                for run in parse_layout(text, n_features, module)
-            )
-            yield name, parameter, text, runs
+def _leave_out(module: nn.Module) -> str:
+    """What to type to leave all of a class out."""
+    return f'FeedForwardSelector(layouts={{"{type(module).__name__}": {{}}}})'
 
 
 def _n_inputs(module: nn.Module, block: Block) -> int:
     """Input features of a weight."""
     groups = getattr(_at(module, block.path.rpartition(".")[0]), "groups", 1)
-    return int(block.parameter.shape[0 if block.n_before else 1] * groups)
+    return int(block.parameter.shape[0 if block.leading_dims else 1] * groups)
 
 
 def _hidden_sizes(module: nn.Module, blocks: list[Block]) -> dict[str, int]:
     """How many hidden units each parameter makes or reads; none where no weight makes any."""
     if not any(block.label == "up" and not block.is_bias for block in blocks):
         return {}
-    sizes = {f"{b.label} {b.path}": b.n_features for b in blocks if b.label in _MAKE_UNITS}
+    sizes = {f"{b.label} {b.path}": b.n_features for b in blocks if b.label in _HIDDEN}
     read = {
         f"down {b.path}": _n_inputs(module, b)
         for b in blocks
@@ -317,23 +275,22 @@ def _hidden_sizes(module: nn.Module, blocks: list[Block]) -> dict[str, int]:
     return {**sizes, **read}
 
 
-def _layouts_of(
-    module: nn.Module, path: str, modules: Mapping[str, nn.Module], layouts: Mapping[str, Layouts]
-) -> list[Layouts] | None:
-    """Layouts of a module: the user's, the table's by class, or those that names and sizes tell.
+def _is_no_block(kind: str, name: str, holding: str) -> bool:
+    """Whether a module is called like none, by its class, its name and the class that holds it."""
+    return bool(
+        _NOT_A_BLOCK.search(kind)
+        or _GATING_NETS.search(kind)
+        or _GATING_NETS.search(name)
+        or holding in _GATING_HOLDERS
+    )
 
-    None where nothing is known of it, and no layouts where it is known to be no block.
-    """
-    known = layouts_by_class(module, layouts, _BY_CLASS)
-    if known is not None:
-        return [known]
-    holder, _, name = path.rpartition(".")
-    kinds = [type(module).__name__, *([type(modules[holder]).__name__] if path else [])]
-    if _OTHERWISE.search(kinds[0]) or any(_WEIGHTS.search(text) for text in (*kinds, name)):
-        return []
-    candidates, narrow = _BY_NAMES, not _LIKE.search(kinds[0])
+
+def _by_names(module: nn.Module, path: str, holding: str) -> list[Layouts] | None:
+    """Layouts of a module that names and sizes tell; None where they tell nothing."""
+    kind = type(module).__name__
+    candidates, narrow = _BY_NAMES, not _LIKE.search(kind)
     if isinstance(module, nn.Sequential):
-        if not any(_LIKE.search(text) for text in (*kinds, *path.split(".")[-2:])):
+        if not any(_LIKE.search(text) for text in (kind, holding, *path.split(".")[-2:])):
             return None
         matrices, narrow = list(_matrices(module)), True
         if len(matrices) != 2:
@@ -354,7 +311,7 @@ def _fits(module: nn.Module, layout: Layouts, narrow: bool) -> bool:
     if not all(_has_weight(_at(module, path)) for path in layout):
         return False
     try:
-        blocks = [block for *_, runs in _read(module, layout) for block in runs]
+        blocks = read_layouts("", module, layout, "FeedForwardSelector")
     except ValueError:
         return False
     if any(_is_of_experts(module, block.path, block.parameter) for block in blocks):
@@ -414,20 +371,15 @@ def _refuse_experts(where: str, leave_it_out: str, name: str, parameter: Tensor)
 def _refuse_if_alike(path: str, module: nn.Module) -> None:
     """Raise for a module that is called like a feed-forward block and has matrices like one."""
     kind = type(module).__name__
-    where = f"{path or 'the model'!r} ({kind})"
-    leave_it_out = f'FeedForwardSelector(layouts={{"{kind}": {{}}}})'
+    where = describe(path, module)
     own = {name: p for name, p in module._parameters.items() if p is not None and p.ndim >= 2}
     if "Expert" in kind and len(own) > 1:
-        _refuse_experts(where, leave_it_out, *next(iter(own.items())))
+        _refuse_experts(where, _leave_out(module), *next(iter(own.items())))
     if not _LIKE.search(kind):
         return
-    weights = [
-        block
-        for name in (*own, *_matrices(module))
-        for *_, runs in _read(module, {name: name})
-        for block in runs
-        if not block.is_bias
-    ]
+    layouts = {name: name for name in (*own, *_matrices(module))}
+    blocks = read_layouts(path, module, layouts, "FeedForwardSelector")
+    weights = [block for block in blocks if not block.is_bias]
     for up in weights:
         for down in weights:
             times = up.n_features / _n_inputs(module, down)
@@ -442,7 +394,9 @@ def _refuse_if_alike(path: str, module: nn.Module) -> None:
             )
 
 
-def _between(module: nn.Module, blocks: list[Block], up: Block) -> Iterator[tuple[str, nn.Module]]:
+def _layers_between(
+    module: nn.Module, blocks: list[Block], up: Block
+) -> Iterator[tuple[str, nn.Module]]:
     """Modules that have parameters of their own for every hidden unit and belong to no layout."""
     n_units, known = up.n_features, {id(block.parameter) for block in blocks}
     if n_units == _n_inputs(module, up):  # they would look like those of the residual stream
@@ -481,38 +435,30 @@ def _activations(module: nn.Module, up: Block) -> Iterator[tuple[str, Callable[.
                 yield f"{holder}.{name}".lstrip("."), value
 
 
-def _keeps_zero(activation: Callable[..., object]) -> bool:
-    """Whether 0 becomes 0 whatever is learned: with parameters of 1, in their stead."""
-    try:
-        if isinstance(activation, nn.Module):
-            activation = copy.deepcopy(activation)
-            for owner in activation.modules():
-                for name, parameter in owner._parameters.items():
-                    if parameter is not None:
-                        one = torch.ones_like(parameter, device="cpu", requires_grad=False)
-                        owner._parameters[name] = nn.Parameter(one, requires_grad=False)
-            activation = activation.forward
-        result = activation(torch.zeros(2, device="cpu"))
-    except Exception:  # it wants something else, and so tells nothing
-        return True
-    return not (isinstance(result, Tensor) and bool(result.any()))
+def _why_not_zero(activation: Callable[..., object], n_units: int) -> str:
+    """Why 0 may become something else, whatever is learned: tried with parameters of 1."""
+    if isinstance(activation, nn.Module):
+        activation = copy.deepcopy(activation).eval()
+        for owner in activation.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    one = torch.ones_like(parameter, device="cpu")
+                    owner._parameters[name] = nn.Parameter(one, requires_grad=False)
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    one = torch.ones_like(buffer, device="cpu")
+                    owner._buffers[name] = one if buffer.is_meta else buffer.cpu()
+        activation = activation.forward
+    shapes = ((2,), (1, n_units), (1, 1, n_units), (1, n_units, 1, 1))
+    for shape in shapes:
+        with suppress(Exception):  # it wants another shape
+            result = activation(torch.zeros(shape, device="cpu"))
+            is_zero = not (isinstance(result, Tensor) and bool(result.any()))
+            return "" if is_zero else "does not map 0 to 0"
+    return (
+        f"cannot be called with zeros of shape {' or '.join(map(str, shapes))}, to see what it does"
+    )
 
 
 def _name_of(activation: Callable[..., object]) -> str:
     return getattr(activation, "__name__", type(activation).__name__)
-
-
-def _as_units(block: Block, name: str) -> Part:
-    """A block's output features, each a unit."""
-    before, n_features, after = block.surroundings
-    period, width = n_features // block.repeat, block.stop - block.start
-    ones, everything = (1,) * len(before), (slice(None),) * len(before)
-    if block.repeat > 1:
-        return Part(
-            name,
-            view=(*before, block.repeat, period, *after),
-            index=(*everything, slice(None), slice(block.start, block.stop)),
-            units=(*ones, block.repeat, width),
-        )
-    index = (*everything, slice(block.start, block.stop)) if width < period else ()
-    return Part(name, index=index, units=(*ones, width))

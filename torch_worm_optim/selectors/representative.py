@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 # One place knows what to pass instead: the error of the default selector, which looks at the model.
-LEAVE_IT_OUT = (
+HINT_DEFAULT = (
     "Leave out `selector=`: the default takes BatchNorm scales, or queries and keys, and where a "
     "model has neither its error lists what there is to select."
 )
+
+
+class NothingFound(ValueError):  # noqa: N818
+    """A model has nothing of what a selector looks for."""
+
+
+def log_left_out(selector: object, left_out: Mapping[str, str], why: str) -> None:
+    """Say which classes are left out for their names, each with the path of one module."""
+    for kind, path in left_out.items():
+        logger.info(
+            "%s leaves out %s, %r for one, which %s. Where that is wrong, state what it holds: "
+            'layouts={"%s": {...}}',
+            *(type(selector).__name__, kind, path or "the model", why, kind),
+        )
 
 
 @dataclass(frozen=True, repr=False)

@@ -147,7 +147,7 @@ def _attention(module: nn.Module) -> _Attention:
         n = len(weight)
         blocks = [Block("", name, weight, 0, weight.ndim - 1, repeat=1, start=0, stop=n)]
         widths = {n, n // 2, n // 3}
-    return _Attention(module, [(block, block.surroundings[1]) for block in blocks], widths)
+    return _Attention(module, [(block, block.split_shape[1]) for block in blocks], widths)
 
 
 def _fit(module: nn.Module) -> None:
@@ -179,7 +179,7 @@ def _fit(module: nn.Module) -> None:
 
 def _fit_heads(attention: _Attention, said: Mapping[str, int]) -> None:
     """Set numbers of heads and channels, if all projections have lost the same share of rows."""
-    shares = {Fraction(block.surroundings[1], before) for block, before in attention.projections}
+    shares = {Fraction(block.split_shape[1], before) for block, before in attention.projections}
     if len(shares) != 1:
         return
     [share] = shares
