@@ -463,7 +463,8 @@ def test_a_width_that_a_forward_keeps_costs_its_channels_only():
     torch.testing.assert_close(outputs(model, batch, False), expected)
     assert model.conv.out_channels == 12
     assert model.more.out_channels == 3
-    assert report.left == {"bn.weight": "split: 6"}
+    assert report.left.keys() == {"bn.weight"}
+    assert "split: 6" in report.left["bn.weight"]
 
 
 def test_unknown_operators_keep_what_they_touch():

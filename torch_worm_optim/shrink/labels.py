@@ -1,4 +1,4 @@
-"""Labels of the indices of all tensors of a forward pass, and what is known of them.
+"""What is known of the tensors of a watched forward pass: labels of their indices, and zeros.
 
 Every index of every dimension of every tensor gets a label, an integer. Indices that can only be
 removed together, such as a convolution's output channel and the scale of the BatchNorm behind it,
@@ -8,34 +8,38 @@ have labels that are joined.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.weak import WeakIdKeyDictionary
 
 Labels = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Zeros = tuple[int, Flags]  # a dimension, and which of its indices are zero whatever the input is
 
 # The label of all that must stay: spatial dimensions, inputs, outputs.
 PINNED = 0
 
 
-class Book:
-    """Labels of all tensors of a pass, and what joins, reads and pins them.
+@dataclass
+class Info:
+    """What is known of one tensor; `constant_of` names the parameters that alone it is made of."""
 
-    Args:
-        model: The model whose parameters and buffers get labels of their own.
-        cut_splits: See :func:`~torch_worm_optim.shrink.trace.trace_channels`, as all that follow.
-        cut_heads: The same.
-        scattered: The same.
+    labels: list[Labels]
+    storage: int
+    strides: tuple[int, ...] = ()
+    zeros: Zeros | None = None
+    constant_of: frozenset[str] | None = None
+    is_used: bool = False
+    group_inputs: Labels | None = None  # of a grouped convolution's weight: its input channels
 
-    Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> Book(layer).of(layer.weight)
-        [array([1, 2]), array([3, 4, 5])]
-    """
+
+class LabelMap:
+    """The labels of all tensors of a pass, and what joins, reads and pins them."""
 
     def __init__(
         self,
@@ -44,76 +48,80 @@ class Book:
         cut_heads: bool = True,
         scattered: Collection[str] = (),
     ) -> None:
-        self.cut_splits, self.cut_heads, self.scattered = cut_splits, cut_heads, scattered
+        self.cut_splits, self.cut_heads = cut_splits, cut_heads
         self.n_labels = PINNED + 1
         self.joined: list[tuple[Labels, Labels]] = []
-        self.pinned: list[tuple[Labels, str]] = []
-        self.read_alive: list[Labels] = []
-        self.fixed = {PINNED}  # labels of which it is known already that they stay
+        self.pins: list[tuple[Labels, str]] = []
+        self.live_reads: list[Labels] = []
         self.balanced: list[list[Labels]] = []
         # The operators that compute, in order, with the labels of what they return.
         self.steps: list[tuple[str, list[list[Labels] | None]]] = []
-        self.labels: dict[int, list[Labels]] = {}
-        self.zeros: dict[int, tuple[int, Flags]] = {}
-        self.strides: dict[int, tuple[int, ...]] = {}
-        self.alive: list[Tensor] = []  # an id belongs to another tensor once its own is gone
-        self.in_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
-        # Tensors that do not depend on the input, with the parameters that they are made of.
-        self.made_of: dict[int, set[str]] = {}
-        self.seen: set[int] = set()
-        self.inputs_of_grouped: dict[int, Labels] = {}  # by the id of a convolution's weight
-        self.named: dict[str, Tensor] = {
-            **dict(model.named_parameters()),
-            **dict(model.named_buffers()),
-        }
-        self.name_of = {id(tensor): name for name, tensor in self.named.items()}
-        for name, tensor in self.named.items():
-            self.label(tensor, [self.new(size) for size in tensor.shape])
-            self.made_of[id(tensor)] = {name}
+        self._joined_to_pinned = {PINNED}
+        # Activations are known as long as the forward itself keeps them.
+        self._infos: Any = WeakIdKeyDictionary()
+        self.named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.scattered = {id(self.named[name]) for name in scattered}
         self.convolutions = {
             f"{name}.weight" for name, m in model.named_modules() if isinstance(m, _ConvNd)
         }
+        for name, tensor in self.named.items():
+            self.label(tensor, [self.new(size) for size in tensor.shape])
+            self._infos[tensor].constant_of = frozenset({name})
 
     def new(self, size: int) -> Labels:
         """Labels that no index has yet."""
         self.n_labels += size
         return np.arange(self.n_labels - size, self.n_labels)
 
-    def label(self, tensor: Tensor, labels: Sequence[Labels], zeros: Any = None) -> None:
-        """Give a tensor its labels, and the dimension and flags of channels that are zero."""
-        self.alive.append(tensor)
-        self.in_storage.setdefault(_storage(tensor), set()).add(id(tensor))
-        self.labels[id(tensor)] = list(labels)
-        self.strides[id(tensor)] = tensor.stride()
-        self.zeros.pop(id(tensor), None)
-        if zeros is not None:
-            self.zeros[id(tensor)] = zeros
+    def label(self, tensor: Tensor, labels: Sequence[Labels], zeros: Zeros | None = None) -> None:
+        """Give a tensor its labels, and the indices of a dimension that are zero."""
+        info = self._infos.get(tensor)
+        if info is None:
+            info = self._infos[tensor] = Info([], _storage(tensor))
+        info.labels, info.strides = list(labels), tensor.stride()
+        info.zeros = zeros if zeros is not None and zeros[1].any() else None
 
-    def of(self, tensor: Tensor) -> list[Labels]:
-        """The labels of a tensor. One that nothing is known of is pinned."""
-        if id(tensor) not in self.labels:
-            self.label(tensor, [fixed(size) for size in tensor.shape])
-        self.seen.add(id(tensor))
-        return self.labels[id(tensor)]
+    def info(self, tensor: Tensor) -> Info:
+        """What is known of a tensor. One that nothing is known of is pinned."""
+        if tensor not in self._infos:
+            self.label(tensor, [pinned(size) for size in tensor.shape])
+        info: Info = self._infos[tensor]
+        return info
+
+    def labels_of(self, tensor: Tensor) -> list[Labels]:
+        """The labels of a tensor that an operator uses."""
+        info = self.info(tensor)
+        info.is_used = True
+        return info.labels
+
+    def known_labels(self, tensor: Tensor) -> list[Labels] | None:
+        """The labels of a tensor, if anything is known of it."""
+        info = self._infos.get(tensor)
+        return None if info is None else info.labels
 
     def zeros_along(self, tensor: Tensor, dim: int) -> Flags:
         """Which indices of a dimension are zero whatever the input is."""
-        known = self.zeros.get(id(tensor))
-        if known is not None and known[0] == dim:
-            return known[1]
-        if id(tensor) in self.made_of:
+        known = self.known_zeros(tensor, dim)
+        if not known.any() and self.info(tensor).constant_of is not None:
             rows = tensor.detach().movedim(dim, 0).unsqueeze(-1)
             return all_zero(rows, np.arange(rows.shape[1]))
+        return known
+
+    def known_zeros(self, tensor: Tensor, dim: int) -> Flags:
+        """The same, of one that depends on the input."""
+        zeros = self.info(tensor).zeros
+        if zeros is not None and zeros[0] == dim:
+            return zeros[1]
         return np.zeros(tensor.shape[dim], dtype=bool)
 
     def join(self, a: Labels, b: Labels) -> None:
         """Have indices go together, one by one."""
         if a is not b:
+            a, b = (each.ravel() for each in np.broadcast_arrays(a, b))
             self.joined.append((a, b))
-            a, b = np.broadcast_arrays(a, b)
-            self.fixed.update(a[b == PINNED].tolist(), b[a == PINNED].tolist())
+            self._joined_to_pinned.update(a[b == PINNED].tolist(), b[a == PINNED].tolist())
 
-    def shared(self, size: int, places: Sequence[tuple[Tensor, int]]) -> Labels:
+    def broadcast_join(self, size: int, places: Sequence[tuple[Tensor, int]]) -> Labels:
         """Join a dimension of some size of several tensors, and return labels for it.
 
         Along a dimension that a tensor was expanded in, as a mask is for all heads, it is the same
@@ -122,37 +130,46 @@ class Book:
         labels = [
             each
             for tensor, d in places
-            for each in (self.of(tensor)[d],)
+            for each in (self.labels_of(tensor)[d],)
             if tensor.stride(d) != 0 or each.any()
         ]
         for each in labels[1:]:
             self.join(labels[0], each)
         # Where indices of one are known to stay, they do in all.
-        return labels[0] if labels and all(each.any() for each in labels) else fixed(size)
+        return labels[0] if labels and all(each.any() for each in labels) else pinned(size)
 
-    def written(self, tensor: Tensor, depends_on_input: bool) -> None:
-        """Forget what is known of the values of all tensors that share memory with this one."""
-        for each in self.in_storage.get(_storage(tensor), set()):
-            if each != id(tensor):
-                self.zeros.pop(each, None)
-            if depends_on_input:
-                self.made_of.pop(each, None)
+    def invalidate(self, tensor: Tensor, depends_on_input: bool) -> None:
+        """Forget what is known of the values of tensors that share memory with a written one."""
+        own = self.info(tensor)
+        for info in self._infos.values():
+            if info.storage == own.storage:
+                if info is not own:
+                    info.zeros = None
+                if depends_on_input:
+                    info.constant_of = None
 
-    def pin(self, tensor: Tensor, why: str) -> None:
+    def pin(self, labels: Labels, why: str) -> None:
+        """Have indices stay."""
+        self.pins.append((labels, why))
+
+    def pin_all(self, tensor: Tensor, why: str) -> None:
         """Have all indices of a tensor stay."""
-        for labels in self.of(tensor):
-            self.pinned.append((labels, why))
+        self.pins += [(labels, why) for labels in self.labels_of(tensor)]
+
+    def all_stay(self, labels: Labels) -> bool:
+        """Whether it is known already that these stay."""
+        return self._joined_to_pinned.issuperset(labels.tolist())
 
     def read(self, labels: Labels, sees_zero: Flags) -> None:
         """Take note of a sum over a dimension that sees zero at some indices."""
-        self.read_alive.append(labels[~sees_zero])
+        self.live_reads.append(labels[~sees_zero])
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def fixed(size: int) -> Labels:
+def pinned(size: int) -> Labels:
     """Labels of a dimension that stays as it is."""
     return np.zeros(size, dtype=np.int64)
 

@@ -6,18 +6,18 @@ a grouped convolution, a PReLU and an attention layer compute with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torch_worm_optim.selectors import HEAD_COUNTS, Block, attention_blocks, unknown_fused
-
 # How attention modules call the number of their heads, and how the channels of all heads together.
-_HEADS = (*HEAD_COUNTS, "num_key_value_heads", "num_kv_heads", "num_attn_heads", "no_heads")
+_HEADS = (
+    *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead"),
+    *("num_key_value_heads", "num_kv_heads", "num_attn_heads", "no_heads"),
+)
 _CHANNELS = (
     *("all_head_size", "attn_dim", "inner_dim", "inner_size", "embed_dim", "hidden_size"),
     *("hidden_dim", "d_model", "dim", "split_size", "val_attn_dim"),
@@ -34,87 +34,78 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _is_resizable(module: nn.Module) -> bool:
-    """Whether a module works with parameters of other sizes once :meth:`Sizes.fit` has run."""
+    """Whether a module works with parameters of other sizes once `Sizes.update` has run."""
     kinds = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU, nn.Embedding)
     return isinstance(module, kinds) or is_conv1d(module)
 
 
 def states_its_size(module: nn.Module) -> bool:
-    """Whether it is a layer of torch that computes with sizes that are not set here.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        Whether its parameters must keep their shapes.
-
-    Example:
-        >>> states_its_size(nn.LayerNorm(3)), states_its_size(nn.Linear(3, 2))
-        (True, False)
-    """
+    """Whether it is a layer of torch that computes with sizes that are not set here."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
     return kinds[0] is not nn.Module and not _is_resizable(module)
 
 
-class _Attention(NamedTuple):
-    """An attention layer: what makes its heads, and what it says of them.
-
-    Attributes:
-        module: The layer.
-        projections: What makes queries, keys and values, and how many output features the weight of
-            each has.
-        widths: How many channels all queries together may have, all keys, all values.
-    """
-
-    module: nn.Module
-    projections: list[tuple[Block, int]]
-    widths: set[int]
-
-
 class Sizes:
-    """What the modules of a model say of the sizes that they have now.
-
-    Args:
-        model: Any model.
-
-    Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> sizes = Sizes(layer)
-        >>> _ = layer.weight.requires_grad_(False).set_(layer.weight[:, :2].clone())
-        >>> sizes.fit()
-        >>> layer.in_features
-        2
-        >>> sizes.restore()
-        >>> layer.in_features
-        3
-    """
+    """What the modules of a model say of the sizes that their parameters have now."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._attention = [each for m in model.modules() if (each := _attention(m)).projections]
-        attention = {id(each.module) for each in self._attention}
-        self._attributes: list[tuple[nn.Module, Mapping[str, int]]] = [
-            (module, {key: vars(module)[key] for key in names if _is_size(vars(module).get(key))})
+        keys = {*_HEADS, *_CHANNELS, *_SIZES}
+        self._said = {
+            module: {k: v for k, v in vars(module).items() if k in keys and type(v) is int}
             for module in model.modules()
-            for names in [(*_HEADS, *_CHANNELS) if id(module) in attention else _SIZES]
-            if id(module) in attention or _is_resizable(module)
-        ]
+        }
+        # The matrices that make each attention layer's heads, and how many rows those have.
+        self._rows: dict[nn.Module, list[tuple[nn.Module, str, int]]] = {}
+        modules = dict(model.named_modules())
+        for path, module in modules.items():
+            owner = self._counts_heads(modules, path)
+            for name, weight in module._parameters.items():
+                if owner is not None and weight is not None and weight.dim() > 1:
+                    n_rows = _n_rows(module, name)
+                    self._rows.setdefault(owner, []).append((module, name, n_rows))
+        for matrices in self._rows.values():
+            if len(matrices) > 1:
+                matrices.pop()  # which reads what the heads give, or is one of several values
 
-    def fit(self) -> None:
+    def _counts_heads(self, modules: dict[str, nn.Module], path: str) -> nn.Module | None:
+        """The innermost module around a path that says how many heads it has."""
+        while self._said[modules[path]].keys().isdisjoint(_HEADS):
+            if not path:
+                return None
+            path = path.rpartition(".")[0]
+        return modules[path]
+
+    def update(self) -> None:
         """Have modules say of their sizes what their parameters are."""
         _tell_compiler(self._model)
         for module in self._model.modules():
-            _fit(module)
-        said = {id(module): sizes for module, sizes in self._attributes}
-        for each in self._attention:
-            _fit_heads(each, said[id(each.module)])
+            _update(module)
+        for attention, matrices in self._rows.items():
+            rows = [(before, _n_rows(module, name)) for module, name, before in matrices]
+            changed = [(before, after) for before, after in rows if after != before]
+            shares = {Fraction(after, before) for before, after in changed}
+            if len(shares) != 1:
+                continue
+            [share] = shares
+            # Queries, keys and values may lie in one matrix.
+            widths = {before // n for before, _ in changed for n in (1, 2, 3)}
+            for key, value in self._said[attention].items():
+                is_width = key in _CHANNELS and value in widths
+                if (key in _HEADS or is_width) and (value * share).denominator == 1:
+                    setattr(attention, key, int(value * share))
 
     def restore(self) -> None:
         """Have modules say what they said at first."""
-        for module, sizes in self._attributes:
+        for module, sizes in self._said.items():
             for key, value in sizes.items():
                 setattr(module, key, value)
         _tell_compiler(self._model)
+
+
+def _n_rows(module: nn.Module, name: str) -> int:
+    """How many output features a matrix has."""
+    return int(getattr(module, name).shape[1 if is_conv1d(module) else 0])
 
 
 def _tell_compiler(model: nn.Module) -> None:
@@ -129,28 +120,7 @@ def _tell_compiler(model: nn.Module) -> None:
                 tensors[name] = tensors.pop(name)
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _attention(module: nn.Module) -> _Attention:
-    """What is known of a module if it is an attention layer."""
-    try:
-        blocks = [block for block in attention_blocks("", module, {}) if not block.is_bias]
-        # What all heads share, on the way down to few dimensions, belongs to none of them.
-        latent = {id(b.parameter) for b in blocks if b.label.endswith(("_rank", "latent"))}
-        blocks = [block for block in blocks if id(block.parameter) not in latent]
-        widths = {block.n_features for block in blocks}
-    except ValueError:  # a fused matrix whose layout only the user knows
-        name = unknown_fused(module)
-        weight = module.get_parameter(name)
-        n = len(weight)
-        blocks = [Block("", name, weight, 0, weight.ndim - 1, repeat=1, start=0, stop=n)]
-        widths = {n, n // 2, n // 3}
-    return _Attention(module, [(block, block.split_shape[1]) for block in blocks], widths)
-
-
-def _fit(module: nn.Module) -> None:
+def _update(module: nn.Module) -> None:
     """Have a layer say of its sizes what its parameters are."""
     if isinstance(module, _ConvNd):
         shape = module.weight.shape
@@ -175,16 +145,3 @@ def _fit(module: nn.Module) -> None:
     elif is_conv1d(module):
         sizes: Any = module
         sizes.nx, sizes.nf = sizes.weight.shape
-
-
-def _fit_heads(attention: _Attention, said: Mapping[str, int]) -> None:
-    """Set numbers of heads and channels, if all projections have lost the same share of rows."""
-    shares = {Fraction(block.split_shape[1], before) for block, before in attention.projections}
-    if len(shares) != 1:
-        return
-    [share] = shares
-    for key, value in said.items():
-        # A number of channels is that of the heads where it equals it: `hidden_size` of a layer may
-        # be the width of its input, too, and then the forward that reads it fails, and heads stay.
-        if (key in _HEADS or value in attention.widths) and (value * share).denominator == 1:
-            setattr(attention.module, key, int(value * share))

@@ -5,17 +5,18 @@ gets a label, an integer. Indices that can only be removed together, such as a c
 channel and the scale of the BatchNorm behind it, have labels that are joined. Of each activation it
 is known which channels are zero whatever the input is.
 
-A channel is *read* where a convolution or a linear layer sums over it. A label can go when every
-read of it sees zero, since the sum does not change then. What an operator does that is not known
-pins the labels of all tensors that it touches: they stay. So an unknown operator costs channels,
-never exactness.
+A channel is *read* where a convolution or a linear layer sums over it. A label is removable when
+every read of it sees zero, since the sum does not change then. What an operator does that is not
+known pins the labels of all tensors that it touches: they stay. So an unknown operator costs
+channels, never exactness.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -26,10 +27,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from torch_worm_optim.shrink.labels import PINNED, Book, Flags, Labels, all_zero, fixed
+from torch_worm_optim.shrink.labels import PINNED, Flags, LabelMap, Labels, Zeros, all_zero, pinned
 from torch_worm_optim.shrink.operators import FACTORIES, PICKING, rule_of
 from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
+
+logger = logging.getLogger(__name__)
 
 # The name of an operator, and the shapes of its results, None where nothing is known of one.
 Step = tuple[str, tuple["tuple[int, ...] | None", ...]]
@@ -48,11 +52,13 @@ class Trace:
             indices that stay, or None if all do. Of a grouped convolution's weight those of the
             second dimension are indices of input channels, of all groups.
         left: For each parameter with channels that are zero and stay, how many and why.
+        n_zero: How many channels are zero.
         steps: The operators that compute, in order, with the shapes that their results will have.
     """
 
     kept: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
-    left: dict[str, dict[str, int]] = field(default_factory=dict)
+    left: dict[str, Counter[str]] = field(default_factory=dict)
+    n_zero: int = 0
     steps: list[Step] = field(default_factory=list)
 
 
@@ -79,173 +85,105 @@ def trace_channels(
         scattered: Names of BatchNorm scales whose output goes into a wider tensor by index, so that
             they lose channels that the tensor keeps.
         multiple_of: What the number of indices of a dimension that loses some is a multiple of.
-
-    Returns:
-        The :class:`Trace`.
-
-    Example:
-        >>> conv, bn = nn.Conv2d(1, 3, 1, bias=False), nn.BatchNorm2d(3)
-        >>> model = nn.Sequential(conv, bn, nn.ReLU(), nn.Conv2d(3, 1, 1)).eval()
-        >>> with torch.no_grad():
-        ...     _ = bn.weight[1].zero_()
-        >>> trace_channels(model, [torch.ones(1, 1, 2, 2)], {}).kept["0.weight"]
-        (array([0, 2]), None, None, None)
     """
-    book = Book(model, cut_splits, cut_heads, scattered)
-    for module in model.modules():
-        if states_its_size(module):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    book.pin(tensor, f"{type(module).__name__} states its size")
-    book.seen.clear()  # Nothing has run yet.
+    known = LabelMap(model, cut_splits, cut_heads, scattered)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    with torch.no_grad(), _Watch(book):
+    with torch.no_grad(), _Watch(known):
         outputs = model(*args, **kwargs)
     for tensor in (*inputs, *(o for o in tree_leaves(outputs) if isinstance(o, Tensor))):
-        book.pin(tensor, "the model's output")
-    return _result(book, zero_channels(model), multiple_of)
-
-
-def check_shapes(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], steps: Sequence[Step]
-) -> None:
-    """Watch the forward pass of a model that was cut, and compare the shapes of all results.
-
-    Outputs alone do not tell whether heads were cut as heads: with one position, or equal ones,
-    attention is the same whatever its scores are.
-
-    Args:
-        model: The model, in the mode that it was traced in.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-        steps: Those of the :class:`Trace` that it was cut by.
-
-    Raises:
-        RuntimeError: If an operator returns another shape than the trace says, or other operators
-            run.
-
-    Example:
-        >>> layer = nn.Linear(2, 3)
-        >>> steps = trace_channels(layer, [torch.ones(1, 2)], {}).steps
-        >>> steps
-        [('addmm', ((1, 3),))]
-        >>> check_shapes(layer, [torch.ones(1, 2)], {}, steps)
-    """
-    seen: list[Step] = []
-    with torch.no_grad(), _Shapes(seen):
-        model(*args, **kwargs)
-    for number, (expected, step) in enumerate(zip_longest(steps, seen, fillvalue=("none", ()))):
-        same = expected[0] == step[0] and len(expected[1]) == len(step[1])
-        if not same or any(
-            a is not None and a != b for a, b in zip(expected[1], step[1], strict=True)
-        ):
-            raise RuntimeError(
-                f"a forward computes otherwise once it is cut: operator {number} should be "
-                f"{expected} and is {step}"
-            )
-
-
-def zero_channels(model: nn.Module) -> dict[str, tuple[int, Flags]]:
-    """Channels of BatchNorms and linear layers that are zero whatever the input is.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        For the name of each scale or matrix the dimension of its channels, and which are zero, the
-        shift or bias included.
-
-    Example:
-        >>> layer = nn.Linear(2, 3, bias=False)
-        >>> with torch.no_grad():
-        ...     _ = layer.weight[1].zero_()
-        >>> zero_channels(layer)
-        {'weight': (0, array([False,  True, False]))}
-    """
-    found = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module in model.modules():
-        weight, bias, dim = "weight", "bias", 0
-        if isinstance(module, nn.MultiheadAttention):
-            weight, bias = "in_proj_weight", "in_proj_bias"
-        elif is_conv1d(module):
-            dim = 1
-        elif not isinstance(module, (nn.Linear, _BatchNorm)):
-            continue
-        rows = getattr(module, weight)
-        if id(rows) not in names or (isinstance(module, _BatchNorm) and module.bias is None):
-            continue
-        name = names[id(rows)]
-        rows = rows.detach().movedim(dim, 0).unsqueeze(-1).flatten(1)
-        zero = all_zero(rows, np.arange(rows.shape[1]))
-        if (shift := getattr(module, bias)) is not None:
-            zero &= (shift.detach() == 0).cpu().numpy()
-        if zero.any():
-            found[name] = (dim, zero)
-    return found
+        known.pin_all(tensor, "the model's output")
+    return _result(known, model, multiple_of)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operators, and has their rules label what they return."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, known: LabelMap) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.book = book
+        self.known = known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operator, and label what it returns."""
-        book, kwargs = self.book, kwargs or {}
+        known, kwargs = self.known, kwargs or {}
         out = func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.overloadpacket in FACTORIES:
             # Nothing is known of their sizes, until something is written there.
             for tensor in outputs:
-                book.label(tensor, [book.new(size) for size in tensor.shape])
+                known.label(tensor, [known.new(size) for size in tensor.shape])
             return out
         if not inputs:
             return out
-        is_constant = all(id(tensor) in book.made_of for tensor in inputs)
-        rule = rule_of(func)
-        known = False
-        if rule is not None:
-            # A form of the operator that a rule does not know is as good as no rule.
-            with contextlib.suppress(IndexError, TypeError, ValueError, AttributeError):
-                known = rule(book, func, args, kwargs, out)
-        if not known:
+        sources = [known.info(tensor).constant_of for tensor in inputs]
+        names = [each for each in sources if each is not None]
+        constant_of = frozenset[str]().union(*names) if len(names) == len(sources) else None
+        if not self._apply_rule(func, args, kwargs, out):
             for tensor in inputs:
-                book.pin(tensor, f"unknown operator {func.overloadpacket}")
+                known.pin_all(tensor, f"unknown operator {func.overloadpacket}")
             for tensor in outputs:
-                book.label(tensor, [fixed(size) for size in tensor.shape])
+                known.label(tensor, [pinned(size) for size in tensor.shape])
         for tensor in _written(func, args, kwargs):
-            book.written(tensor, depends_on_input=not is_constant)
-        if is_constant and func.overloadpacket not in PICKING:
-            names = set().union(*(book.made_of[id(tensor)] for tensor in inputs))
-            book.made_of |= {id(tensor): names for tensor in outputs}
+            known.invalidate(tensor, depends_on_input=constant_of is None)
+        if constant_of is not None and func.overloadpacket not in PICKING:
+            for tensor in outputs:
+                known.info(tensor).constant_of = constant_of
         if _computes(func):
-            book.steps.append((_name(func), [book.labels.get(id(each)) for each in outputs]))
+            known.steps.append((_name(func), [known.known_labels(each) for each in outputs]))
         return out
 
+    def _apply_rule(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether the operator, in this form, has a rule that knows it."""
+        rule = rule_of(func)
+        try:
+            return rule is not None and rule(self.known, func, args, kwargs, out)
+        except Exception:  # a fault of the rule costs channels, and is to be found
+            logger.debug("The rule for %s failed; what it touches stays.", func, exc_info=True)
+            return False
 
-class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes note of what operators return."""
 
-    def __init__(self, steps: list[Step]) -> None:
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes note of what operators return, and counts multiplications.
+
+    The module hooks of ``FlopCounterMode`` fail where a module gets a parameter as its input and no
+    gradients are computed.
+    """
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps = steps
+        self.steps: list[Step] = []
+        self.n_flops = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operator, and take note."""
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.n_flops += count(*args, **kwargs, out_val=out)
         leaves = tree_leaves((args, kwargs))
         if _computes(func) and any(isinstance(leaf, Tensor) for leaf in leaves):
             outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
             self.steps.append((_name(func), tuple(tuple(each.shape) for each in outputs)))
         return out
+
+
+def check_steps(expected: Sequence[Step], seen: Sequence[Step]) -> None:
+    """Raise where an operator returned another shape than a trace says, or another one ran.
+
+    Outputs alone do not tell whether heads were cut as heads: with one position, or equal ones,
+    attention is the same whatever its scores are.
+    """
+    for number, (a, b) in enumerate(zip_longest(expected, seen, fillvalue=("none", ()))):
+        same = a[0] == b[0] and len(a[1]) == len(b[1])
+        if not same or any(x is not None and x != y for x, y in zip(a[1], b[1], strict=True)):
+            raise RuntimeError(
+                f"a forward computes otherwise once it is cut: operator {number} should be "
+                f"{a} and is {b}"
+            )
 
 
 def _name(func: Any) -> str:
@@ -258,65 +196,91 @@ def _computes(func: Any) -> bool:
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that an operator writes into."""
-    names = [each.name for each in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    arguments = func._schema.arguments
+    given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
     return [
         leaf
-        for each in func._schema.arguments
+        for each in arguments
         if each.alias_info is not None and each.alias_info.is_write
         for leaf in tree_leaves(given.get(each.name))
         if isinstance(leaf, Tensor)
     ]
 
 
-def _result(book: Book, zero: Mapping[str, tuple[int, Flags]], multiple_of: int) -> Trace:
+def _zero_channels(model: nn.Module) -> Iterator[tuple[str, Zeros]]:
+    """The zero channels of BatchNorms and linear layers, by the name of the scale or matrix."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        weight, bias, dim = "weight", "bias", 0
+        if isinstance(module, nn.MultiheadAttention):
+            weight, bias = "in_proj_weight", "in_proj_bias"
+        elif is_conv1d(module):
+            dim = 1
+        elif not isinstance(module, (nn.Linear, _BatchNorm)):
+            continue
+        rows, shift = getattr(module, weight), getattr(module, bias)
+        if id(rows) not in names or (isinstance(module, _BatchNorm) and shift is None):
+            continue
+        matrix = rows.detach().movedim(dim, 0).unsqueeze(-1).flatten(1)
+        zero = all_zero(matrix, np.arange(matrix.shape[1]))
+        if shift is not None:
+            zero &= (shift.detach() == 0).cpu().numpy()
+        if zero.any():
+            yield names[id(rows)], (dim, zero)
+
+
+def _result(known: LabelMap, model: nn.Module, multiple_of: int) -> Trace:
     """Which indices of parameters and buffers stay, and which zeros stay and why."""
-    root = _components(book.n_labels, book.joined)
+    root = _components(known.n_labels, known.joined)
+    removable = np.ones(known.n_labels, dtype=bool)
+    removable[root[PINNED]] = False
     why: dict[int, str] = {}
-    stays = np.zeros(book.n_labels, dtype=bool)
-    stays[root[PINNED]] = True
 
-    def keep(roots: Labels, reason: str) -> None:
-        for each in np.unique(roots[~stays[roots]]).tolist():
-            why[each] = reason
-        stays[roots] = True
+    def keep(labels: Labels, reason: str) -> None:
+        roots = root[labels]
+        why.update(dict.fromkeys(roots[removable[roots]].tolist(), reason))
+        removable[roots] = False
 
-    for labels, reason in book.pinned:
-        keep(root[labels], reason)
-    for labels in book.read_alive:
-        keep(root[labels], "other layers write to the same channel (residual stream)")
-    of_named = {
-        name: [root[labels] for labels in book.labels[id(tensor)]]
-        for name, tensor in book.named.items()
-    }
-    for name, tensor in book.named.items():
-        if id(tensor) not in book.seen:
-            for roots in of_named[name]:
-                keep(roots, "this forward does not use it")
-    goes = ~stays
-    balanced = [[root[part] for part in parts] for parts in book.balanced]
-    dims = [roots for each in of_named.values() for roots in each]
-    _keep_some(goes, dims, balanced, multiple_of, why)
-    trace = Trace()
-    for operator, results in book.steps:
-        shapes = [
-            None if each is None else tuple(int((~goes[root[labels]]).sum()) for labels in each)
+    for module in model.modules():
+        if states_its_size(module):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                for labels in known.info(tensor).labels if tensor is not None else ():
+                    keep(labels, f"{type(module).__name__} states its size")
+    for labels, reason in known.pins:
+        keep(labels, reason)
+    for labels in known.live_reads:
+        keep(labels, "other layers write to the same channel (residual stream)")
+    infos = {name: known.info(tensor) for name, tensor in known.named.items()}
+    for info in infos.values():
+        for labels in () if info.is_used else info.labels:
+            keep(labels, "this forward does not use it")
+    roots_of = {name: [root[labels] for labels in info.labels] for name, info in infos.items()}
+    dims = [roots for of_dims in roots_of.values() for roots in of_dims]
+    balanced = [[root[part] for part in parts] for parts in known.balanced]
+    _round_kept(removable, dims, balanced, multiple_of, why)
+    stays, trace = ~removable[root], Trace()
+    for operator, results in known.steps:
+        shapes = (
+            None if each is None else tuple(int(stays[labels].sum()) for labels in each)
             for each in results
-        ]
+        )
         trace.steps.append((operator, tuple(shapes)))
-    for name, of_dims in of_named.items():
-        kept = [None if not goes[r].any() else np.flatnonzero(~goes[r]) for r in of_dims]
-        channels = book.inputs_of_grouped.get(id(book.named[name]))
-        if channels is not None and goes[root[channels]].any():
-            kept[1] = np.flatnonzero(~goes[root[channels]])
-        if any(each is not None for each in kept):
-            trace.kept[name] = tuple(kept)
-    for name, (dim, flags) in zero.items():
-        roots = of_named[name][dim][flags]
-        for each in roots[~goes[roots]].tolist():
-            reasons = trace.left.setdefault(name, {})
-            reason = why.get(each, "something that stays goes with it")
-            reasons[reason] = reasons.get(reason, 0) + 1
+    for name, info in infos.items():
+        dims = list(info.labels)
+        if info.group_inputs is not None:
+            dims[1] = info.group_inputs
+        if not all(stays[labels].all() for labels in dims):
+            trace.kept[name] = tuple(
+                None if stays[labels].all() else np.flatnonzero(stays[labels]) for labels in dims
+            )
+    for name, (dim, zero) in dict(_zero_channels(model)).items():
+        trace.n_zero += int(zero.sum())
+        roots = roots_of[name][dim][zero]
+        reasons = [
+            why.get(r, "something that stays goes with it") for r in roots[~removable[roots]]
+        ]
+        if reasons:
+            trace.left[name] = Counter(reasons)
     return trace
 
 
@@ -337,33 +301,33 @@ def _components(n: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
             lowest = lowest[lowest]
 
 
-def _keep_some(
-    goes: Flags,
+def _round_kept(
+    removable: Flags,
     dims: Sequence[Labels],
     balanced: Sequence[Sequence[Labels]],
     multiple_of: int,
     why: dict[int, str],
 ) -> None:
     """Have a multiple of some number stay of each dimension, and equal numbers of some parts."""
+
+    def keep(roots: Labels, reason: str) -> bool:
+        removable[roots] = False
+        for root in roots.tolist():
+            why.setdefault(root, reason)
+        return len(roots) > 0
+
     changed = True
     while changed:
         changed = False
         for roots in dims:
-            n_lacking = -int((~goes[roots]).sum()) % multiple_of
-            for root in roots[goes[roots]][:n_lacking].tolist():
-                goes[root] = False
-                why.setdefault(root, f"sizes stay a multiple of {multiple_of}")
-                changed = True
-            if len(roots) and goes[roots].all():
-                goes[roots[0]] = False
-                why.setdefault(int(roots[0]), "the last one of its layer")
-                changed = True
+            n_lacking = -int((~removable[roots]).sum()) % multiple_of
+            lacking = roots[removable[roots]][:n_lacking]
+            changed |= keep(lacking, f"sizes stay a multiple of {multiple_of}")
+            if len(roots) and removable[roots].all():
+                changed |= keep(roots[:1], "the last one of its layer")
         for parts in balanced:
-            least = min(int(goes[part].sum()) for part in parts)
-            if least == len(parts[0]):
-                least -= 1
+            least = min(int(removable[part].sum()) for part in parts)
+            least -= least == len(parts[0])
             for part in parts:
-                for root in part[goes[part]][least:].tolist():
-                    goes[root] = False
-                    why.setdefault(root, "groups and split parts lose equal numbers")
-                    changed = True
+                surplus = part[removable[part]][least:]
+                changed |= keep(surplus, "groups and split parts lose equal numbers")
