@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from test_shrinking import Residual, Sequence, tensors_of, zero_channels
+from models import Residual, Sequence, tensors_of, zero_channels
 from torch import nn
 from training import SCALES, loss_of, same, small_cnn, train, weights_of
 

@@ -6,14 +6,16 @@ import copy
 
 import pytest
 import torch
-from test_shrinking import Concatenated, Residual, Sequence, zero_channels
+from models import Concatenated, Residual, Sequence, zero_channels
 from torch import nn
 
 from torch_worm_optim.shrink import shrink_
 
 NETWORKS = {"sequence": Sequence, "residual": Residual, "concatenated": Concatenated}
 networks = pytest.mark.parametrize("which", NETWORKS)
-scatters = pytest.mark.parametrize("scatter", [False, True])
+shrunk_networks = pytest.mark.parametrize(
+    ("which", "scatter"), [("concatenated", False), ("residual", False), ("residual", True)]
+)
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -39,8 +41,7 @@ def shrunk(which: str, scatter: bool) -> nn.Module:
     return FirstOutput(model).eval()
 
 
-@scatters
-@networks
+@shrunk_networks
 def test_it_is_exported_by_torch_export(which, scatter):
     """The exported program computes the same, on another batch of the same size."""
     model = shrunk(which, scatter)
@@ -51,8 +52,7 @@ def test_it_is_exported_by_torch_export(which, scatter):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says that tracing is deprecated
-@scatters
-@networks
+@shrunk_networks
 def test_it_is_traced_by_torch_jit(which, scatter):
     """The traced module computes the same."""
     model = shrunk(which, scatter)
@@ -63,8 +63,7 @@ def test_it_is_traced_by_torch_jit(which, scatter):
 
 
 @pytest.mark.filterwarnings("ignore")
-@scatters
-@networks
+@shrunk_networks
 def test_onnxruntime_computes_the_same(tmp_path, which, scatter):
     """Exported to ONNX and run there."""
     pytest.importorskip("onnxscript")

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from test_shrinking import Concatenated, Residual, Sequence, tensors_of
+from models import Concatenated, Residual, Sequence, tensors_of
 from torch import nn
 from training import BASES, same, small_cnn, weights_of
 
@@ -62,9 +62,13 @@ def pruned(which: str, base: str = "SGD momentum"):
     return model, opt
 
 
-@scatters
-@networks
-@pytest.mark.parametrize("base", ["SGD momentum", "AdamW", "NAdam"])
+@pytest.mark.parametrize(
+    ("which", "base", "scatter"),
+    [
+        *((which, "SGD momentum", scatter) for which in NETWORKS for scatter in (False, True)),
+        *(("residual", base, True) for base in ("AdamW", "NAdam")),
+    ],
+)
 def test_training_a_shrunk_network_is_training_the_pruned_one(which, base, scatter):
     """Twenty steps after shrinking, parameters are those of the pruned network that are left."""
     model, opt = pruned(which, base)

@@ -182,7 +182,7 @@ def batch(seed: int = 0) -> Tensor:
 
 
 @attentions
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 99), fused=st.booleans())
 @example(seed=0, fused=True)
 @example(seed=0, fused=False)
@@ -332,7 +332,7 @@ def test_the_last_head_and_the_last_row_stay():
     torch.testing.assert_close(model(batch()), expected)
     assert model.layers[0]["attention"].num_heads == 1
     assert model.layers[0]["mlp"].fc1.out_features == 1
-    assert report.left["layers.0.mlp.fc1.weight"] == "the last one of its layer: 1"
+    assert "the last one of its layer: 1" in report.left["layers.0.mlp.fc1.weight"]
 
 
 def test_sizes_of_multiples_hold_for_rows():
