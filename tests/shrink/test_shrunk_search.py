@@ -70,13 +70,13 @@ def pruned(which: str, base: str = "SGD momentum"):
     ],
 )
 def test_training_a_shrunk_network_is_training_the_pruned_one(which, base, scatter):
-    """Twenty steps after shrinking, parameters are those of the pruned network that are left."""
+    """Ten steps after shrinking, parameters are those of the pruned network that are left."""
     model, opt = pruned(which, base)
     twin, twin_opt = copy.deepcopy((model, opt))
 
     report = opt.shrink(batch_of(which, 0, 1), scatter=scatter)
-    train(which, model, opt, range(8, 28))
-    train(which, twin, twin_opt, range(8, 28))
+    train(which, model, opt, range(8, 18))
+    train(which, twin, twin_opt, range(8, 18))
 
     assert report.parameters[1] < report.parameters[0]
     assert opt.phase is Phase.PRUNED

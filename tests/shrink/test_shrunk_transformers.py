@@ -232,14 +232,18 @@ def test_layers_lose_different_numbers_of_heads(attention):
     assert counts == [6 - per_group, 6 - 2 * per_group]
 
 
-@attentions
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """With momentum and decay."""
+    return torch.optim.SGD(parameters, 2e-3, momentum=0.9, weight_decay=1e-2)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """With decay."""
+    return torch.optim.AdamW(parameters, 1e-2, weight_decay=0.1)
+
+
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.SGD(p, 2e-3, momentum=0.9, weight_decay=1e-2),
-        lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
-    ],
-    ids=["SGD", "AdamW"],
+    ("attention", "make"), [*((attention, sgd) for attention in ATTENTIONS), (Grouped, adamw)]
 )
 def test_training_afterwards_is_training_of_the_pruned_network(attention, make):
     """Search, prune, shrink and train on, beside the same without shrinking."""
