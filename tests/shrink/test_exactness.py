@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -395,3 +396,108 @@ def test_an_operator_in_an_odd_form_costs_its_channels_only():
     torch.testing.assert_close(model(x), expected)
     assert (model.a.out_features, model.c.out_features) == (8, 4)
     assert report.channels == (8, 4)
+
+
+@pytest.fixture
+def fragile():
+    """An operator that torch is told works entry by entry, and that does not run on everything."""
+    library = torch.library.Library("worm_test", "FRAGMENT")
+    library.define("fragile(Tensor x) -> Tensor", tags=torch.Tag.pointwise)
+
+    def compute(x: Tensor) -> Tensor:
+        if x.dim() < 2:
+            raise KeyError("two dimensions")
+        return x * 2
+
+    library.impl("fragile", compute, "CPU")
+    yield torch.ops.worm_test.fragile
+    library._destroy()
+
+
+def test_a_rule_that_fails_costs_its_channels_only(fragile, caplog):
+    """And says so to who asks."""
+
+    class Fragile(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[3](self[2](fragile(self[1](self[0](x)))).relu())
+
+    model = Fragile(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 8), nn.Linear(8, 2))
+    zero_channels(model)
+    with torch.no_grad():
+        model[2].weight[:4] = model[2].bias[:4] = 0
+    model.eval()
+    x = torch.randn(5, 3)
+    expected = model(x)
+
+    with caplog.at_level(logging.DEBUG, "torch_worm_optim"):
+        report = shrink_(model, x)
+
+    torch.testing.assert_close(model(x), expected)
+    assert (model[0].out_features, model[2].out_features) == (6, 4)
+    assert "unknown operator worm_test.fragile" in report.left["1.weight"]
+    [record] = caplog.records
+    assert "worm_test.fragile" in record.getMessage()
+    assert record.exc_info[0] is KeyError
+
+
+def test_memory_formats_are_no_matter_to_zeros():
+    """A copy in another format is zero where it was."""
+
+    class Formatted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[1](self[0](x)).contiguous(memory_format=torch.channels_last)
+            return self[2](y.relu())
+
+    model = Formatted(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+    zero_channels(model)
+    assert shrink_(model, IMAGES).channels == (4, 0)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose scores are filled with a tensor."""
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return (q @ k.mT).masked_fill(mask, torch.tensor(-1e9)).softmax(-1) @ v
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that leaves as much of a head as it is wide as it is, as GPT-J's may."""
+    q, k = (torch.cat([-each[..., :4], each[..., 4:]], -1) for each in (q, k))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [masked, turned])
+def test_heads_go_through_odd_operators(attend):
+    """A value that is a tensor, and a tensor that is empty."""
+
+    class Heads(HeadsByNumber):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                layer(x).view(*x.shape[:2], -1, 4).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
+            return self.o(attend(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+    model, x = Heads(6), torch.randn(2, 5, 24)
+    expected = model(x)
+    assert shrink_(model, x).channels == (36, 0)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_hides_no_difference(dtype):
+    """A forward that counts its channels is refused, though it moves its outputs by one percent."""
+
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x).relu()
+            return self[1](y) * (1 + y.shape[1] / 400)
+
+    model = Counting(nn.Linear(4, 8), nn.Linear(8, 2)).to(dtype)
+    with torch.no_grad():
+        model[0].weight[:4] = model[0].bias[:4] = 0
+
+    with pytest.raises(RuntimeError, match="outputs differ by"):
+        shrink_(model, torch.randn(3, 4, dtype=dtype))
+
+    assert model[0].out_features == 8
+    assert model[0].weight.dtype == dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -98,3 +99,105 @@ def test_a_model_without_shapes_is_refused_and_settings_stay():
         shrink_(nn.Sequential(nn.LazyLinear(3)), torch.ones(1, 2))
     assert torch.is_autocast_cache_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class LowRank(nn.Linear):
+    """Merges its low-rank update in evaluation and takes it out in training, as loralib does."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.down = nn.Parameter(torch.randn(2, n_in))
+        self.up = nn.Parameter(torch.randn(n_out, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> LowRank:
+        """Merge, or take apart."""
+        super().train(mode)
+        if self.merged is mode:
+            with torch.no_grad():
+                self.weight.add_(self.up @ self.down, alpha=-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With the update once."""
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+class Cached(nn.Module):
+    """Keeps in evaluation what it makes of its parameter, as timm's LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.cache = nn.Parameter(torch.ones(4)), {}
+
+    def train(self, mode: bool = True) -> Cached:
+        """Forget it."""
+        super().train(mode)
+        if mode:
+            self.cache.clear()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale."""
+        if self.training:
+            return x * self.scale
+        return x * self.cache.setdefault("scale", self.scale.detach().clone())
+
+
+def with_own_modes(last: nn.Module) -> nn.Sequential:
+    """A network in training, a BatchNorm of it in evaluation, before a layer with own modes."""
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4), last)
+    zero_channels(model)
+    model.train()
+    model[1].eval()
+    return model
+
+
+def test_a_layer_that_merges_in_evaluation_trains_on():
+    """It hears that it is in training again, and a frozen BatchNorm stays frozen."""
+    model, x = with_own_modes(LowRank(4, 2)), torch.randn(5, 3)
+    expected = model(x)
+
+    assert shrink_(model, x).kept
+
+    assert model.training
+    assert not model[1].training
+    assert not model[4].merged
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert model[4].down.grad is not None
+
+
+def test_what_a_layer_keeps_in_evaluation_is_forgotten():
+    """After shrinking and a step, evaluation goes by the parameter as it is."""
+    model, x = with_own_modes(Cached()), torch.randn(5, 3)
+    shrink_(model, x)
+    with torch.no_grad():
+        model[4].scale.mul_(10)
+    expected = model(x)
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+def test_no_more_activations_live_than_in_a_forward():
+    """Of a long chain of layers only what goes in and comes out of the one that runs."""
+    model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    seen: list[weakref.ref[Tensor]] = []
+    n_alive = []
+
+    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+        seen.append(weakref.ref(output))
+        n_alive.append(sum(each() is not None for each in seen))
+
+    for layer in model:
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        model[0].weight[:4] = model[0].bias[:4] = 0
+        model(torch.randn(2, 8))
+    n_in_forward = max(n_alive)
+
+    report = shrink_(model, torch.randn(2, 8))
+
+    assert report.kept
+    assert max(n_alive) <= n_in_forward + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -90,3 +91,33 @@ def test_a_state_dict_that_does_not_fit_leaves_the_model_as_it_was(change, messa
         load_shrunk_(model, state)
     assert torch.equal(model[0].weight, before)
     assert model[0].out_features == 6
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_whole_network_is_copied_and_saved(how):
+    """With BatchNorms that write by index, which can be shrunk again and loaded from."""
+    model, batch = build("residual")
+    report = shrink_(model, batch, scatter=True)
+    assert report.is_scattered
+
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+
+    assert repr(other) == repr(model)
+    assert [type(each) for each in other.modules()] == [type(each) for each in model.modules()]
+    for training in (False, True):
+        for a, b in zip(
+            outputs(other, batch, training), outputs(model, batch, training), strict=True
+        ):
+            assert torch.equal(a, b)
+    assert shrink_(other, batch, scatter=True).kept == {}
+    fresh = NETWORKS["residual"][0]().double()
+    load_shrunk_(fresh, other.state_dict())
+    assert repr(fresh) == repr(model)

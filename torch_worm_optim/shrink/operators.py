@@ -35,7 +35,7 @@ def _operators(*names: str) -> set[Any]:
 _POINTWISE = _operators(
     *("hardswish", "hardswish_", "_prelu_kernel", "_to_copy", "detach", "alias", "copy_"),
     *("log_sigmoid_forward", "elu", "elu_", "gelu_", "hardtanh", "hardtanh_", "leaky_relu"),
-    *("masked_fill_", "lift_fresh"),
+    *("masked_fill", "masked_fill_", "lift_fresh"),
     *("leaky_relu_", "hardsigmoid", "hardsigmoid_", "mish", "mish_", "softplus", "celu", "selu"),
 )
 _BATCH_NORM = _operators(
