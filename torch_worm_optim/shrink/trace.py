@@ -45,21 +45,14 @@ _ARRANGING = re.compile(
 
 @dataclass
 class Trace:
-    """What a watched pass found.
+    """What a watched pass found."""
 
-    Attributes:
-        kept: For each parameter and buffer of which something can go, for each dimension the
-            indices that stay, or None if all do. Of a grouped convolution's weight those of the
-            second dimension are indices of input channels, of all groups.
-        left: For each parameter with channels that are zero and stay, how many and why.
-        n_zero: How many channels are zero.
-        steps: The operators that compute, in order, with the shapes that their results will have.
-    """
-
+    # By name, for each dimension the indices that stay, or None if all do. Of a grouped
+    # convolution's weight those of the second dimension are input channels, of all groups.
     kept: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
-    left: dict[str, Counter[str]] = field(default_factory=dict)
+    left: dict[str, Counter[str]] = field(default_factory=dict)  # why zero channels stay
     n_zero: int = 0
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)  # with the shapes that results will have
 
 
 def trace_channels(
@@ -67,25 +60,12 @@ def trace_channels(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    cut_splits: bool = True,
-    cut_heads: bool = True,
-    scattered: Collection[str] = (),
+    cut_splits: bool = True,  # lose channels that are split into parts, as many from each
+    cut_heads: bool = True,  # lose runs of channels that a view makes an index of
+    scattered: Collection[str] = (),  # scales of BatchNorms that write into a wider tensor by index
     multiple_of: int = 1,
 ) -> Trace:
-    """Watch a forward pass, and say what can be cut out of the model's parameters and buffers.
-
-    Args:
-        model: The model, in the mode to watch; nothing of it is changed.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-        cut_splits: Whether channels may go from a tensor that is split into equal parts, as many
-            from each part. A forward that reads the size of the parts from an attribute fails then.
-        cut_heads: Whether runs of channels may go that a view makes an index of, as the channels of
-            a head of attention. Of a forward that reads the number of heads, the same holds.
-        scattered: Names of BatchNorm scales whose output goes into a wider tensor by index, so that
-            they lose channels that the tensor keeps.
-        multiple_of: What the number of indices of a dimension that loses some is a multiple of.
-    """
+    """Watch a forward pass, and say what can be cut out of the model's parameters and buffers."""
     known = LabelMap(model, cut_splits, cut_heads, scattered)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with torch.no_grad(), _Watch(known):
