@@ -483,6 +483,33 @@ def test_heads_go_through_odd_operators(attend):
     torch.testing.assert_close(model(x), expected)
 
 
+class WideValues(nn.Module):
+    """One matrix for all, with values twice as wide as queries, joined by a width that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.val_attn_dim = 4, 32
+        self.qkv, self.proj = nn.Linear(6, 64), nn.Linear(32, 6)
+        with torch.no_grad():  # two of the heads, head by head
+            self.qkv.weight[16:48] = self.qkv.bias[16:48] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        qkv = self.qkv(x).view(*x.shape[:2], self.num_heads, -1)
+        q, k, v = (each.transpose(1, 2) for each in qkv.split([4, 4, 8], -1))
+        y = (q @ k.mT).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(*x.shape[:2], self.val_attn_dim))
+
+
+def test_a_width_of_heads_is_what_the_last_matrix_reads():
+    """Where neither a matrix nor a third of one is as wide."""
+    model, x = WideValues(), torch.randn(2, 5, 6)
+    expected = model(x)
+    assert shrink_(model, x).channels == (32, 0)
+    torch.testing.assert_close(model(x), expected)
+    assert (model.num_heads, model.val_attn_dim) == (2, 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_hides_no_difference(dtype):
     """A forward that counts its channels is refused, though it moves its outputs by one percent."""

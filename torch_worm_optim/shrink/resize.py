@@ -55,18 +55,15 @@ class Sizes:
             module: {k: v for k, v in vars(module).items() if k in keys and type(v) is int}
             for module in model.modules()
         }
-        # The matrices that make each attention layer's heads, and how many rows those have.
-        self._rows: dict[nn.Module, list[tuple[nn.Module, str, int]]] = {}
+        # The matrices of each attention layer, with how many features those give and read.
+        self._matrices: dict[nn.Module, list[tuple[nn.Module, str, int, int]]] = {}
         modules = dict(model.named_modules())
         for path, module in modules.items():
             owner = self._counts_heads(modules, path)
             for name, weight in module._parameters.items():
                 if owner is not None and weight is not None and weight.dim() > 1:
-                    n_rows = _n_rows(module, name)
-                    self._rows.setdefault(owner, []).append((module, name, n_rows))
-        for matrices in self._rows.values():
-            if len(matrices) > 1:
-                matrices.pop()  # which reads what the heads give, or is one of several values
+                    matrix = (module, name, *_features(module, name))
+                    self._matrices.setdefault(owner, []).append(matrix)
 
     def _counts_heads(self, modules: dict[str, nn.Module], path: str) -> nn.Module | None:
         """The innermost module around a path that says how many heads it has."""
@@ -81,15 +78,17 @@ class Sizes:
         _tell_compiler(self._model)
         for module in self._model.modules():
             _update(module)
-        for attention, matrices in self._rows.items():
-            rows = [(before, _n_rows(module, name)) for module, name, before in matrices]
+        for attention, matrices in self._matrices.items():
+            # The last of several reads what the heads give, or is one of several values.
+            makers = matrices[:-1] or matrices
+            rows = [(n, _features(module, name)[0]) for module, name, n, _ in makers]
             changed = [(before, after) for before, after in rows if after != before]
             shares = {Fraction(after, before) for before, after in changed}
             if len(shares) != 1:
                 continue
             [share] = shares
             # Queries, keys and values may lie in one matrix.
-            widths = {before // n for before, _ in changed for n in (1, 2, 3)}
+            widths = {before // n for before, _ in changed for n in (1, 2, 3)} | {matrices[-1][3]}
             for key, value in self._said[attention].items():
                 is_width = key in _CHANNELS and value in widths
                 if (key in _HEADS or is_width) and (value * share).denominator == 1:
@@ -103,9 +102,10 @@ class Sizes:
         _tell_compiler(self._model)
 
 
-def _n_rows(module: nn.Module, name: str) -> int:
-    """How many output features a matrix has."""
-    return int(getattr(module, name).shape[1 if is_conv1d(module) else 0])
+def _features(module: nn.Module, name: str) -> tuple[int, int]:
+    """How many features a matrix gives, and how many it reads."""
+    a, b, *_ = getattr(module, name).shape
+    return (b, a) if is_conv1d(module) else (a, b)
 
 
 def _tell_compiler(model: nn.Module) -> None:
