@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -450,7 +451,7 @@ class WormOptimizer(OptimizerWrapper):
     # ---- pruning
 
     @_untraced
-    def prune(self, over: int = 0) -> None:
+    def prune(self, over: int = 0, *, force: bool = False) -> None:
         r"""Apply the ticket in place, at once or little by little, and hold it from then on.
 
         Removed entries and those of their followers become zero, and each later :meth:`step` sets
@@ -464,10 +465,12 @@ class WormOptimizer(OptimizerWrapper):
         Until then the phase is ``FADING``: the base optimizer sees gradients of zero for them, and
         what momentum and weight decay do to them is undone. Further calls may shorten the steps
         that are left, to none by default, and never lengthen them, so that a call may stand in a
-        training loop. Once pruned, a call does nothing.
+        training loop. Once pruned, a call sets removed entries to zero once more.
 
         Args:
             over (int, optional): Steps until removed entries are zero; 0 is at once (default: 0).
+            force (bool, optional): Take the newest mask as the ticket before the search has
+                converged (default: False).
 
         Raises:
             TypeError: If ``over`` is not a number.
@@ -491,6 +494,9 @@ class WormOptimizer(OptimizerWrapper):
             pruned [0.0, 2.0]
         """
         over = check_count("over", over, least=0)
+        history = self._search.history
+        if force and history and not self.converged:
+            history[-1] = history[-1]._replace(phase=Phase.PRUNED)
         phase = self.phase
         if not phase.converged:
             raise RuntimeError(
@@ -498,11 +504,9 @@ class WormOptimizer(OptimizerWrapper):
                 f"{len(self._search.history)} masks. Train until `opt.converged`, or let it stop "
                 "sooner with a larger `stopping_point`."
             )
-        if phase is Phase.PRUNED:
-            return
         self._fit_window()
         entries = self._entries()
-        if over == 0:
+        if over == 0 or phase is Phase.PRUNED:
             self._hold_at_zero_(entries)
             return
         self._search.fading_steps = min(over, self._search.fading_steps or over)
@@ -585,7 +589,7 @@ class WormOptimizer(OptimizerWrapper):
         final_mask, ticket = self.final_mask, self.ticket
         if final_mask is None or ticket is None:
             raise RuntimeError("The search is pruned and has no ticket. Load a whole checkpoint.")
-        identity, counts = self._masks_identity(), self._kept_counts()
+        identity, counts = self._masks_identity(), self.kept_counts()
         report = shrink_(
             self._layout.model,
             args,
@@ -613,6 +617,29 @@ class WormOptimizer(OptimizerWrapper):
             logger.info("step %d: %s", self._search.step, text)
 
     # ---- what users read
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it was built with."""
+        return self._layout.model
+
+    @property
+    def settings(self) -> SimpleNamespace:
+        """The arguments of the search."""
+        return SimpleNamespace(
+            **vars(self._rule),
+            trigger_point=self._rule.trigger_point,
+            prune_ratio=self._prune_ratio,
+            truncation=self._truncation,
+            sample_every=self._sample_every,
+            scope=self._scope,
+            min_keep=self._min_keep,
+        )
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether the network was shrunk, now or before a checkpoint was loaded."""
+        return self._search.ticket is not None and self._search.ticket.is_shrunk
 
     @property
     @_untraced
@@ -700,9 +727,9 @@ class WormOptimizer(OptimizerWrapper):
             total           4     2  50.0 %
             phase: searching, 1 mask drawn, the newest counted
         """
-        return summary_text(self._kept_counts(), self.phase, len(self._search.history))
+        return summary_text(self.kept_counts(), self.phase, len(self._search.history))
 
-    def _kept_counts(self) -> list[KeptCount]:
+    def kept_counts(self) -> list[KeptCount]:
         """What the ticket or else the newest mask keeps; if sharded, a collective call."""
         if self._search.ticket is not None:
             return self._search.ticket.kept_counts()
@@ -817,7 +844,7 @@ class WormOptimizer(OptimizerWrapper):
         least = min(_NARROW, (1 - self._prune_ratio) / 2)
         narrow = [
             f"{each.name!r} ({each.kept} of {each.numel})"
-            for each in self._kept_counts()
+            for each in self.kept_counts()
             if each.kept is not None and each.kept < least * each.numel
         ]
         if narrow:

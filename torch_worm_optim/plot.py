@@ -140,7 +140,7 @@ def plot_kept(opt: WormOptimizer, ax: Axes | None = None) -> Axes:
             f"`opt` must be a WormOptimizer, got {_kind(opt)}. Pass the optimizer itself; one that "
             "a trainer has wrapped is in its `.optimizer`."
         )
-    counts = opt._kept_counts()
+    counts = opt.kept_counts()
     ax = _checked_axes(ax, height=min(1.2 + _ROW * len(counts), _TALLEST))
     ax.spines[["top", "right"]].set_visible(False)
     kept = [each.kept for each in counts if each.kept is not None]
