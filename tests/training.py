@@ -8,6 +8,8 @@ import torch
 from reference import reference_mask, reference_search
 from torch import Tensor, nn
 
+from torch_worm_optim import Phase, WormOptimizer
+
 # `pytest --device cuda` trains the small network there.
 DEVICE = torch.device("cpu")
 
@@ -46,6 +48,36 @@ def small_cnn(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 SCALES = ("1.weight", "4.weight")
 SHIFTS = ("1.bias", "4.bias")
+
+SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2}
+"""A search that goes through all phases, and finds the small network's ticket in 60 steps."""
+
+
+def wrapped(
+    base: str = "SGD momentum", model: nn.Module | None = None, **options: object
+) -> tuple[nn.Module, WormOptimizer]:
+    """A small network and its wrapped optimizer."""
+    model = small_cnn() if model is None else model
+    return model, WormOptimizer(BASES[base](model.parameters()), model, **{**SEARCH, **options})
+
+
+def at_phase(
+    phase: Phase, base: str = "SGD momentum", **options: object
+) -> tuple[nn.Module, WormOptimizer]:
+    """A search that has just reached this phase."""
+    model, opt = wrapped(base, **options)
+    for step in range(300):
+        if phase is Phase.PRUNED and opt.converged:
+            opt.prune()
+        if opt.phase is phase:
+            return model, opt
+        train(model, opt, range(step, step + 1))
+    raise AssertionError(f"never reached {phase}: {opt}")
+
+
+def ticket_of(opt: WormOptimizer) -> dict[str, Tensor]:
+    """The ticket with its followers. To be replaced by `final_mask` once that has them."""
+    return getattr(opt, "ticket", opt.final_mask)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:

@@ -15,84 +15,67 @@ except ImportError as error:
         f'({error}). Install it: pip install "torch-worm-optim[lightning]"'
     ) from error
 
-from torch_worm_optim.integrations.reports import (
-    Reporter,
-    check_at_ticket,
-    one_example,
-    unwrapped,
-)
-from torch_worm_optim.optimizer import WormOptimizer
+from torch_worm_optim import WormOptimizer
+from torch_worm_optim.integrations.reports import AtTicket, Reporter, one_example, unwrapped
 
 
 class WormCallback(Callback):
     """Log phase, distances and ticket to the trainer's loggers, and act at the ticket.
 
-    Each mask drawn is logged once, at ``trainer.global_step``, whatever ``log_every_n_steps`` says:
-    ``worm/phase`` (0 searching, 1 truncating, 2 converged, 3 fading, 4 pruned),
-    ``worm/max_distance`` and ``worm/mean_distance``; with the ticket ``worm/ticket_step`` and, for
-    each parameter, the share that it keeps as ``worm/kept/<name>``; once shrunk, the figures of the
+    Each mask is logged once, at ``trainer.global_step``, whatever ``log_every_n_steps`` says:
+    ``worm/phase`` (0 searching, 1 truncating, 2 converged, 3 pruned), ``worm/max_distance`` and
+    ``worm/mean_distance``; with the ticket ``worm/ticket_step`` and the share that it keeps of each
+    representative, ``worm/kept/<name>``; after shrinking the figures of the
     :class:`~torch_worm_optim.ShrinkReport`, such as ``worm/parameters_after``. With several
     ``WormOptimizer`` the names begin with ``worm0/``, ``worm1/`` and so on, in the order of
     ``trainer.optimizers``.
 
-    Averages that other callbacks keep of the weights in an ``AveragedModel``, as Lightning's
-    ``WeightAveraging`` does, are pruned and shrunk with the model. When training ends, a fade is
-    finished, and what ``fit()`` leaves in a model that is pruned is pruned.
+    Averages of the weights that other callbacks keep in an ``AveragedModel``, as Lightning's
+    ``WeightAveraging`` does, are pruned and shrunk with the model. What ``fit()`` leaves in a
+    pruned model is pruned.
 
     Args:
-        at_ticket (str, optional): What to do once the ticket is found, all of them if there are
-            several optimizers: ``"continue"`` training, ``"stop"`` it, ``"prune"`` and train on, or
-            prune, ``"shrink"`` once pruned, and train on (default: ``"continue"``). Each optimizer
-            is pruned when its own ticket is found.
-        over (int, optional): Optimizer steps in which ``"prune"`` and ``"shrink"`` fade what the
-            ticket removes to zero; 0 is at once (default: 0).
+        at_ticket (str, optional): What to do once the ticket is found: ``"continue"`` training,
+            ``"stop"`` it, ``"prune"`` and train on, or prune, ``"shrink"`` and train on. Several
+            optimizers are each pruned at their own ticket, and training stops at the last one
+            (default: ``"continue"``).
         inputs (optional): What ``"shrink"`` calls the optimizer's model with: a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. None is the module's
-            ``example_input_array`` if it has one, else one example of the first batch: of its
-            first element if that is a tuple or list (default: None).
+            ``example_input_array`` if it has one, else the first example of the first batch, or of
+            the batch's first element if it is a tuple or list (default: None).
         scatter (bool, optional): Passed on to :meth:`~torch_worm_optim.WormOptimizer.shrink`
             (default: False).
-        multiple_of (int, optional): Likewise (default: 1).
+        multiple_of (int, optional): Passed on as well (default: 1).
 
     Raises:
-        TypeError: If ``over`` is not a number.
-        ValueError: If ``at_ticket`` is none of the four, ``over`` not a whole number of at least
-            0, or, when training starts, if none of the trainer's optimizers is a
-            ``WormOptimizer`` or a batch does not say what to shrink with.
-        RuntimeError: If the network cannot be shrunk, or, when training starts, if it was to be on
-            several processes.
+        ValueError: If ``at_ticket`` is none of the four; or, when training starts, if none of the
+            trainer's optimizers is a ``WormOptimizer`` or a batch does not say what to shrink with.
+        RuntimeError: If the network cannot be shrunk; or, when training starts, if it was to be
+            shrunk on several processes.
     """
 
     def __init__(
         self,
         at_ticket: str = "continue",
         *,
-        over: int = 0,
         inputs: Any = None,
         scatter: bool = False,
         multiple_of: int = 1,
     ) -> None:
-        self.at_ticket, self.over = check_at_ticket(at_ticket, over)
-        self.inputs, self.scatter, self.multiple_of = inputs, scatter, multiple_of
-        self._example: Any = None
+        self.at_ticket = AtTicket(at_ticket, inputs, scatter, multiple_of)
+        self._inputs = inputs
         self._reporters: list[Reporter] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; checkpoints are loaded by now."""
         found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         self._reporters = [
-            Reporter(
-                each,
-                self.at_ticket,
-                self.over,
-                scatter=self.scatter,
-                multiple_of=self.multiple_of,
-                copies=_averages(trainer, pl_module, each._layout.model),
-            )
+            Reporter(each, self.at_ticket, _averages(trainer, pl_module, each.model))
             for each in found
             if isinstance(each, WormOptimizer)
         ]
-        self._example = pl_module.example_input_array if self.inputs is None else self.inputs
+        given = self.at_ticket.inputs
+        self._inputs = pl_module.example_input_array if given is None else given
         if not self._reporters:
             raise ValueError(
                 "WormCallback needs a WormOptimizer among the trainer's optimizers, got "
@@ -101,35 +84,34 @@ class WormCallback(Callback):
             )
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the masks that this batch's step drew, and act if one is the ticket."""
         # The first batch already, so that one of no use says so before hours of training.
-        if self._example is None and any(reporter.shrinks for reporter in self._reporters):
-            self._example = one_example(batch)
-        self._report(trainer)
+        if self._inputs is None and any(reporter.shrinks for reporter in self._reporters):
+            self._inputs = one_example(batch)
+        self._log(trainer)
         if all(reporter.stops for reporter in self._reporters):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was drawn after the last batch, as ``opt.sample()`` at the end of epochs is."""
-        self._report(trainer, at_end=True)
+        self._hold_()
+        self._log(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune what callbacks of any order have put into the model when training ended."""
+        self._hold_()
+
+    def _hold_(self) -> None:
         for reporter in self._reporters:
             reporter.hold_()
 
-    def _report(self, trainer: Trainer, *, at_end: bool = False) -> None:
+    def _log(self, trainer: Trainer) -> None:
         for index, reporter in enumerate(self._reporters):
             prefix = "worm/" if len(self._reporters) == 1 else f"worm{index}/"
-            for report in reporter.news(self._example, at_end=at_end):
-                named = {name.replace("worm/", prefix, 1): value for name, value in report.items()}
+            for row in reporter.new_metrics(self._inputs):
+                named = {name.replace("worm/", prefix, 1): value for name, value in row.items()}
                 for logger in trainer.loggers:
                     logger.log_metrics(named, step=trainer.global_step)
 
