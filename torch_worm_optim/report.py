@@ -14,15 +14,7 @@ from torch_worm_optim.selectors import Representative
 
 
 class KeptCount(NamedTuple):
-    """How much of one representative a mask keeps, on all ranks together.
-
-    Attributes:
-        name: The parameter's name in the bare model. Where several representatives are parts of one
-            parameter, it says which.
-        numel: How many entries it has, or units.
-        kept: How many of them are kept; None before the first mask.
-        is_units: Whether units are counted.
-    """
+    """How many of a representative's entries (or units) a mask keeps; None before the first."""
 
     name: str
     numel: int
@@ -34,14 +26,6 @@ def kept_counts(
     representatives: Sequence[Representative], numels: Sequence[int], kept: Sequence[int | None]
 ) -> list[KeptCount]:
     """The counts of representatives, each with a name of its own.
-
-    Args:
-        representatives: The representatives.
-        numels: How many entries or units each has.
-        kept: How many of them are kept; None before the first mask.
-
-    Returns:
-        One :class:`KeptCount` each.
 
     Example:
         >>> kept_counts([Representative("module.bn.weight")], [8], [3])
@@ -63,14 +47,7 @@ def kept_counts(
 
 
 def kept_counts_of(masks: Mapping[str, Tensor]) -> list[KeptCount]:
-    """The counts of whole masks by parameter name, **True = kept**.
-
-    Args:
-        masks: Bool tensors, such as a ticket that was given.
-
-    Returns:
-        One :class:`KeptCount` each.
-    """
+    """The counts of whole masks by parameter name, **True = kept**, as a given ticket has them."""
     return [
         KeptCount(canonical_name(name), mask.numel(), int(mask.sum()), False)
         for name, mask in masks.items()
@@ -78,21 +55,20 @@ def kept_counts_of(masks: Mapping[str, Tensor]) -> list[KeptCount]:
 
 
 def counted(counts: Sequence[KeptCount]) -> str:
-    """What is counted, in a word or three."""
+    """Whether entries, units or both are counted."""
     kinds = {each.is_units for each in counts}
     return "entries or units" if len(kinds) > 1 else "units" if True in kinds else "entries"
 
 
+def total(counts: Sequence[KeptCount]) -> KeptCount:
+    """The sums over all representatives; before the first mask none is kept or removed."""
+    kept = [each.kept for each in counts if each.kept is not None]
+    n_kept = sum(kept) if len(kept) == len(counts) else None
+    return KeptCount("total", sum(each.numel for each in counts), n_kept, False)
+
+
 def summary_text(counts: Sequence[KeptCount], phase: Phase, n_masks: int) -> str:
-    """A row for each representative, one for all together, and how far the search is.
-
-    Args:
-        counts: What is kept of each.
-        phase: The phase.
-        n_masks: How many masks were drawn.
-
-    Returns:
-        Lines, the last one without an end.
+    """A row for each representative, one for the total, and a line with the phase.
 
     Example:
         >>> counts = [KeptCount("bn.weight", 8, 3, False), KeptCount("q", 4, 3, True)]
@@ -107,37 +83,18 @@ def summary_text(counts: Sequence[KeptCount], phase: Phase, n_masks: int) -> str
     rows = [("name", what, "kept", "share")]
     for each in [*counts, total(counts)]:
         name = each.name + " (units)" * (each.is_units and what == "entries or units")
-        rows.append((name, f"{each.numel:,}", *_kept(each)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        kept = "-" if each.kept is None else f"{each.kept:,}"
+        share = 100 * (each.kept or 0) / max(1, each.numel)
+        has_share = each.kept is not None and each.numel
+        rows.append((name, f"{each.numel:,}", kept, f"{share:.1f} %" if has_share else "-"))
+    name_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
+        "  ".join([name.ljust(name_width), *map(str.rjust, numbers, widths)])
+        for name, *numbers in rows
     ]
-    return "\n".join([*lines, f"phase: {phase.value}, {_mask_counted(phase, n_masks)}"])
-
-
-def _mask_counted(phase: Phase, n_masks: int) -> str:
-    """How many masks were drawn, and which of them is counted."""
-    if not n_masks:
-        drawn = "no mask drawn"
-        return f"{drawn}, the given ticket counted" if phase.converged else f"{drawn} yet"
-    which = "the ticket" if phase.converged else "the newest"
-    return f"{n_masks} mask{'s' * (n_masks > 1)} drawn, {which} counted"
-
-
-def total(counts: Sequence[KeptCount]) -> KeptCount:
-    """All of them together; before the first mask none is kept or removed."""
-    kept = [each.kept for each in counts if each.kept is not None]
-    n_kept = sum(kept) if len(kept) == len(counts) else None
-    return KeptCount("total", sum(each.numel for each in counts), n_kept, False)
-
-
-def _kept(count: KeptCount) -> tuple[str, str]:
-    """How many and which share are kept, where there is a mask and something to share."""
-    if count.kept is None:
-        return "-", "-"
-    share = f"{100 * count.kept / count.numel:.1f} %" if count.numel else "-"
-    return f"{count.kept:,}", share
+    if n_masks:
+        masks = f"{n_masks} mask{'s' * (n_masks > 1)} drawn"
+        state = f"{masks}, {'the ticket' if phase.converged else 'the newest'} counted"
+    else:
+        state = "no mask drawn" + (", the given ticket counted" if phase.converged else " yet")
+    return "\n".join([*lines, f"phase: {phase.value}, {state}"])

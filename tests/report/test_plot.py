@@ -1,4 +1,4 @@
-"""Pictures of a search: what is drawn is what the search says, and drawing changes nothing."""
+"""Plots of a search: what is drawn is what the search says, and drawing changes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from training import BASES, small_cnn, train, window_of
+from training import SCALES, SEARCH, at_phase, same, ticket_of, train, weights_of, wrapped
 
 from torch_worm_optim import (
     MaskSample,
@@ -20,13 +20,16 @@ from torch_worm_optim import (
 )
 
 
-def wrapped(n_steps: int = 0, **options):
-    """A small network and its wrapped optimizer after some steps; the ticket is found in 60."""
-    model = small_cnn()
-    options = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2, **options}
-    opt = WormOptimizer(BASES["SGD momentum"](model.parameters()), model, **options)
+def searched(n_steps: int, **options):
+    """The optimizer of a small network after some steps."""
+    model, opt = wrapped(**options)
     train(model, opt, range(n_steps))
     return opt
+
+
+def converged(**options):
+    """The optimizer of a small network that has just found its ticket."""
+    return at_phase(Phase.CONVERGED, **options)[1]
 
 
 @pytest.fixture
@@ -46,13 +49,15 @@ def no_other_figures():
 
 
 def lines_of(ax):
-    """The points of each line, by label; lines without a label, which are thresholds, by height."""
+    """The points of each line, by label."""
     return {
-        line.get_label() if line.get_label()[0] != "_" else line.get_ydata()[0]: [
-            tuple(point) for point in line.get_xydata().tolist()
-        ]
+        line.get_label(): [tuple(point) for point in line.get_xydata().tolist()]
         for line in ax.get_lines()
     }
+
+
+THRESHOLDS = {"stopping point 0.06", "trigger point 0.26"}
+DISTANCES = {"largest distance", "mean distance", "mask drawn"}
 
 
 def texts_of(ax):
@@ -68,8 +73,7 @@ def drawn(ax):
 
 def test_lines_are_the_history(ax):
     """Distances, masks, thresholds, the start of truncation and the ticket, each where it was."""
-    opt = wrapped(60)
-    assert opt.converged
+    opt = converged()
     phases = [sample.phase for sample in opt.history]
     assert phases[0] is Phase.SEARCHING
     first = opt.history[phases.index(Phase.TRUNCATING)]
@@ -83,10 +87,8 @@ def test_lines_are_the_history(ax):
     assert lines["mask drawn"] == [(s.step, 0) for s in opt.history]
     assert lines["truncation starts"] == [(first.step, first.mean_distance)]
     assert lines["ticket found"] == [(last.step, last.max_distance)]
-    assert {0.06, 0.26} <= lines.keys()
-    [shade] = ax.patches
-    assert (shade.get_x(), shade.get_width()) == (0, compared[0].step)
-    assert (ax.get_xlim()[0], ax.get_ylim()[0]) == (0, 0)
+    assert [y for _, y in lines["stopping point 0.06"]] == [SEARCH["stopping_point"]] * 2
+    assert [y for _, y in lines["trigger point 0.26"]] == [0.06 + SEARCH["margin"]] * 2
     assert ax.get_legend() is not None
 
 
@@ -94,61 +96,68 @@ def test_a_history_is_drawn_as_its_optimizer_is_but_for_the_thresholds(ax):
     """Whoever kept only the list sees the same lines."""
     from matplotlib.figure import Figure
 
-    opt = wrapped(60)
-    other = plot_trajectory(opt.history, Figure().subplots())
+    opt = converged()
     lines = lines_of(plot_trajectory(opt, ax))
+    shown = {label: points for label, points in lines.items() if label not in THRESHOLDS}
 
-    assert lines_of(other) == {key: lines[key] for key in lines if isinstance(key, str)}
-    assert lines_of(plot_trajectory(tuple(opt.history), other.figure.add_subplot())) == {
-        key: lines[key] for key in lines if isinstance(key, str)
-    }
+    for history in (opt.history, tuple(opt.history)):
+        assert lines_of(plot_trajectory(history, Figure().subplots())) == shown
+    assert lines.keys() - shown.keys() == THRESHOLDS
 
 
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        ({"truncation": 1}, {0.06, 0.26, "ticket found"}),
-        ({"trigger": "always"}, {0.06, "truncation starts", "ticket found"}),
+        ({"truncation": 1}, {*THRESHOLDS, "ticket found"}),
+        ({"trigger": "always"}, {"stopping point 0.06", "truncation starts", "ticket found"}),
     ],
 )
 def test_what_does_not_happen_is_not_drawn(ax, options, shown):
     """Nothing is truncated with a truncation of 1; "always" has no trigger point."""
-    opt = wrapped(150, **options)
-    assert opt.converged
+    lines = lines_of(plot_trajectory(converged(**options), ax))
+    assert lines.keys() - DISTANCES == shown
 
-    lines = lines_of(plot_trajectory(opt, ax))
-    assert lines.keys() - {"largest distance", "mean distance", "mask drawn"} == shown
+
+def test_a_ticket_that_is_taken_by_force_has_its_star(ax):
+    """At the newest mask, on the line once there is one, else at the bottom."""
+    for n_steps in (3, 15):
+        ax.clear()
+        opt = searched(n_steps)
+        opt.prune(force=True)
+        last = opt.history[-1]
+        assert last.phase is Phase.PRUNED
+        star = lines_of(drawn(plot_trajectory(opt, ax)))["ticket found"]
+        assert star == [(n_steps, last.max_distance or 0)]
 
 
 def test_before_there_is_anything_the_axes_say_so(ax):
     """No mask, no full window, or a ticket that was given: words, and no error."""
-    opt = wrapped()
+    opt = searched(0)
     assert texts_of(drawn(plot_trajectory(opt, ax))) == ["no mask drawn yet"]
     ax.clear()
     assert texts_of(drawn(plot_trajectory([], ax))) == ["no mask drawn yet"]
     ax.clear()
     assert texts_of(drawn(plot_kept(opt, ax))) == ["no mask drawn yet"]
     ax.clear()
-    assert "window not full yet" in texts_of(drawn(plot_trajectory(wrapped(6), ax)))
+    assert "window not full yet" in texts_of(drawn(plot_trajectory(searched(6), ax)))
     ax.clear()
-    ticket = wrapped(60).ticket
-    given = wrapped(ticket=ticket)
+    given = searched(0, ticket=ticket_of(converged()))
     assert texts_of(drawn(plot_trajectory(given, ax))) == ["no mask drawn: the ticket was given"]
 
 
-@pytest.mark.parametrize("n_steps", [6, 60])
-def test_bars_are_the_masks(ax, n_steps):
+@pytest.mark.parametrize("make", [lambda: searched(6), converged])
+def test_bars_are_the_masks(ax, make):
     """As long as representatives are wide, dark as far as they are kept, in the same order."""
-    opt = wrapped(n_steps)
-    masks = opt.candidate_mask
+    opt = make()
+    masks = {name: opt.candidate_mask[name] for name in SCALES}
 
     assert plot_kept(opt, ax) is drawn(ax)
-    kept, removed = ([bar.get_width() for bar in bars] for bars in ax.containers)
+    sizes, kept = ([bar.get_width() for bar in bars] for bars in ax.containers)
     assert kept == [int(mask.sum()) for mask in masks.values()]
-    assert removed == [int((~mask).sum()) for mask in masks.values()]
+    assert sizes == [mask.numel() for mask in masks.values()]
     assert [label.get_text() for label in ax.get_yticklabels()] == list(masks)
-    assert texts_of(ax) == [f"{k} of {k + r}" for k, r in zip(kept, removed, strict=True)]
-    which = "ticket" if n_steps == 60 else "newest mask"
+    assert texts_of(ax) == [f"{k} of {n}" for k, n in zip(kept, sizes, strict=True)]
+    which = "ticket" if opt.converged else "newest mask"
     assert ax.get_title(loc="left") == f"{which}: 10 of 20 entries kept"
     top, bottom = ax.transData.transform([(0, 0), (0, 1)])[:, 1]
     assert top > bottom
@@ -156,8 +165,8 @@ def test_bars_are_the_masks(ax, n_steps):
 
 def test_a_given_ticket_has_bars(ax):
     """Followers included, as in the summary."""
-    ticket = wrapped(60).ticket
-    plot_kept(wrapped(ticket=ticket), ax)
+    ticket = ticket_of(converged())
+    plot_kept(searched(0, ticket=ticket), ax)
     assert [label.get_text() for label in drawn(ax).get_yticklabels()] == list(ticket)
 
 
@@ -178,16 +187,16 @@ def test_drawing_changes_nothing(ax):
     from matplotlib import rcParams
 
     settings = dict(rcParams)
-    looked_at, alone = wrapped(), wrapped()
+    (model, looked_at), (twin, alone) = wrapped(), wrapped()
     for step in range(45):
-        for opt in (looked_at, alone):
-            train(opt._layout.model, opt, range(step, step + 1))
+        train(model, looked_at, range(step, step + 1))
+        train(twin, alone, range(step, step + 1))
         if step % 8 == 0:
             plot_trajectory(looked_at, ax)
             plot_kept(looked_at, ax.figure.add_subplot())
 
     assert looked_at.history == alone.history
-    assert torch.equal(window_of(looked_at.state_dict()), window_of(alone.state_dict()))
+    assert same(weights_of(model), weights_of(twin))
     assert dict(rcParams) == settings
     assert plt.get_fignums() == []
 
@@ -198,7 +207,7 @@ def test_without_axes_there_is_a_figure_of_its_own(draw):
     pytest.importorskip("matplotlib")
     from matplotlib import pyplot as plt
 
-    opt = wrapped(6)
+    opt = searched(6)
     first, second = draw(opt), draw(opt)
     try:
         assert first.figure is not second.figure
@@ -211,7 +220,7 @@ def test_without_axes_there_is_a_figure_of_its_own(draw):
 
 def test_two_searches_fit_into_one_picture(ax):
     """The second has a colour and a name of its own, and the first stays in sight."""
-    long, short = wrapped(60), wrapped(30)
+    long, short = converged(), searched(15)
     plot_trajectory(short, ax)
     first = ax.get_lines()[0].get_color()
     n = len(ax.get_lines())
@@ -226,7 +235,7 @@ def test_two_searches_fit_into_one_picture(ax):
 
 def test_what_cannot_be_drawn_is_refused(ax):
     """The message gives the rule, what came, and what to pass instead."""
-    opt = wrapped(6)
+    opt = searched(6)
     with pytest.raises(TypeError, match=r"must be a WormOptimizer or its history.*got SGD\. Pass"):
         plot_trajectory(opt.base_optim, ax)
     with pytest.raises(TypeError, match="list of MaskSample, got int in a MaskSample"):
@@ -247,7 +256,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, draw):
         monkeypatch.setitem(sys.modules, name, None)
 
     with pytest.raises(ImportError, match=r'pip install "torch-worm-optim\[plot\]"'):
-        draw(wrapped(6))
+        draw(searched(6))
 
 
 def test_importing_the_package_does_not_import_matplotlib():
@@ -260,5 +269,5 @@ def test_importing_the_package_does_not_import_matplotlib():
 @pytest.mark.parametrize("n", range(5))
 def test_a_history_may_end_anywhere(ax, n):
     """It is drawn as far as it goes, at step 0, too."""
-    drawn(plot_trajectory(wrapped(15).history[:n], ax))
+    drawn(plot_trajectory(searched(15).history[:n], ax))
     drawn(plot_trajectory([MaskSample(0, (), None, None, Phase.TRUNCATING)], ax))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from training import BASES, sample_twice, small_cnn, train, weights_of, window_of
+from training import SCALES, same, sample_twice, small_cnn, ticket_of, train, weights_of, wrapped
 
 from torch_worm_optim import (
     BatchNormSelector,
@@ -20,19 +20,16 @@ from torch_worm_optim import (
     Phase,
     QueryKeySelector,
     Representative,
-    WormOptimizer,
 )
 from torch_worm_optim.report import KeptCount, kept_counts, summary_text
 
 
-def wrapped(model: nn.Module | None = None, **options):
-    """A small network and its wrapped optimizer, which finds its ticket after some masks."""
-    if model is None:
-        model = small_cnn()
-        for index in (1, 4):  # no ties
-            nn.init.uniform_(model[index].weight, 0.5, 1.5)
-    options = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2, **options}
-    return model, WormOptimizer(BASES["SGD momentum"](model.parameters()), model, **options)
+def untied(**options):
+    """A small network of which no scales are equal, and its wrapped optimizer."""
+    model = small_cnn()
+    for index in (1, 4):
+        nn.init.uniform_(model[index].weight, 0.5, 1.5)
+    return wrapped(model=model, **options)
 
 
 def numbers(text: str) -> dict[str, tuple[int, int]]:
@@ -49,8 +46,7 @@ def of_masks(masks) -> dict[str, tuple[int, int]]:
 
 def test_numbers_are_those_of_the_masks_in_every_phase():
     """Of the newest mask, then of the ticket, and reading them changes nothing."""
-    model, opt = wrapped(small_cnn())
-    twin_model, twin = wrapped(small_cnn())
+    (model, opt), (twin_model, twin) = wrapped(), wrapped()
     assert "1.weight        8     -      -" in opt.summary()
     assert opt.summary().endswith("phase: searching, no mask drawn yet")
 
@@ -59,11 +55,11 @@ def test_numbers_are_those_of_the_masks_in_every_phase():
         for each, optimizer in ((model, opt), (twin_model, twin)):
             train(each, optimizer, range(step, step + 1))
             if optimizer.phase is Phase.CONVERGED and step % 3 == 0:
-                optimizer.prune(over=3)
+                optimizer.prune()
         if opt.history:
             met.add(opt.phase)
             text, n = opt.summary(), len(opt.history)
-            assert numbers(text) == of_masks(opt.candidate_mask)
+            assert numbers(text) == of_masks({name: opt.candidate_mask[name] for name in SCALES})
             which = "the ticket" if opt.converged else "the newest"
             s = "s" * (n > 1)
             last = f"phase: {opt.phase.value}, {n} mask{s} drawn, {which} counted"
@@ -71,18 +67,16 @@ def test_numbers_are_those_of_the_masks_in_every_phase():
         if opt.phase is Phase.PRUNED:
             break
 
-    assert met == set(Phase)
+    assert met == {Phase.SEARCHING, Phase.TRUNCATING, Phase.CONVERGED, Phase.PRUNED}
     assert opt.history == twin.history
-    assert torch.equal(window_of(opt.state_dict()), window_of(twin.state_dict()))
-    for a, b in zip(weights_of(model), weights_of(twin_model), strict=True):
-        assert torch.equal(a, b)
+    assert same(weights_of(model), weights_of(twin_model))
 
 
 def test_a_summary_outlives_shrinking_and_resuming():
     """The numbers stay those of the search, units included, though parameters are smaller."""
     filters = Representative(Part("0.weight", units=(8,)), followers=("1.weight", "1.bias"))
     options = {"selector": lambda model: [filters], "sample_every": None, "window": 2}
-    model, opt = wrapped(**options)
+    model, opt = untied(**options)
     sample_twice(opt)
     opt.prune()
     before = opt.summary()
@@ -97,18 +91,18 @@ def test_a_summary_outlives_shrinking_and_resuming():
     torch.save(opt.state_dict(), file)
     file.seek(0)
     smaller = copy.deepcopy(model)
-    _, resumed = wrapped(smaller, **{**options, "selector": BatchNormSelector()})
+    _, resumed = wrapped(model=smaller, **{**options, "selector": BatchNormSelector()})
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.summary() == before
 
 
 def test_a_given_ticket_is_counted_by_parameter():
     """Followers included, before and after shrinking."""
-    _, opt = wrapped(sample_every=None, window=2)
+    _, opt = untied(sample_every=None, window=2)
     sample_twice(opt)
-    ticket = opt.ticket
+    ticket = ticket_of(opt)
 
-    _, given_one = wrapped(ticket=ticket)
+    _, given_one = untied(ticket=ticket)
     text = given_one.summary()
     assert numbers(text) == of_masks(ticket)
     assert text.endswith("phase: pruned, no mask drawn, the given ticket counted")
@@ -136,7 +130,7 @@ def test_units_are_counted_where_there_are_some():
     ):
         model = Net()
         nn.init.uniform_(model.norm.weight)
-        _, opt = wrapped(model, selector=selector, sample_every=None, scope="layer")
+        _, opt = wrapped(model=model, selector=selector, sample_every=None, scope="layer")
         opt.sample()
         text = opt.summary()
 
@@ -150,7 +144,7 @@ def test_units_are_counted_where_there_are_some():
 def test_parts_of_one_parameter_have_names_of_their_own():
     """Two parts of one weight are two rows."""
     parts = [Representative(Part("0.weight", index=(slice(i, i + 4),))) for i in (0, 4)]
-    _, opt = wrapped(selector=lambda model: parts, sample_every=None, scope="layer")
+    _, opt = untied(selector=lambda model: parts, sample_every=None, scope="layer")
     opt.sample()
 
     rows = numbers(opt.summary())
@@ -165,9 +159,8 @@ def test_parts_of_one_parameter_have_names_of_their_own():
 def test_names_are_those_of_the_bare_model():
     """What wrappers add to names is not shown."""
     _, bare = wrapped()
-    _, opt = wrapped(
-        nn.ModuleDict({"module": small_cnn()}), selector=ParameterSelector("*1.weight")
-    )
+    wrapper = nn.ModuleDict({"module": small_cnn()})
+    _, opt = wrapped(model=wrapper, selector=ParameterSelector("*1.weight"))
 
     assert "module" not in opt.summary()
     assert bare.summary().splitlines()[1] == opt.summary().splitlines()[1]
@@ -196,7 +189,7 @@ def test_all_rows_are_there_and_as_long_as_the_header(rows, drawn):
 
 def test_shapes_that_were_changed_are_an_error():
     """A mask of other shapes is not counted as if it was of these."""
-    model, opt = wrapped(sample_every=None)
+    model, opt = untied(sample_every=None)
     opt.sample()
     model[1] = nn.BatchNorm2d(5)
 
