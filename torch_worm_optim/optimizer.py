@@ -624,7 +624,7 @@ class WormOptimizer(OptimizerWrapper):
         return self._layout.model
 
     @property
-    def settings(self) -> SimpleNamespace:
+    def settings(self) -> Any:
         """The arguments of the search."""
         return SimpleNamespace(
             **vars(self._rule),

@@ -14,7 +14,14 @@ from torch_worm_optim.selectors import Representative
 
 
 class KeptCount(NamedTuple):
-    """How many of a representative's entries (or units) a mask keeps; None before the first."""
+    """How much of one representative a mask keeps.
+
+    Attributes:
+        name: The parameter's name; where representatives are parts of one, it says which.
+        numel: How many entries, or units, it has.
+        kept: How many of them are kept; None before the first mask.
+        is_units: Whether units are counted.
+    """
 
     name: str
     numel: int
