@@ -41,7 +41,6 @@ from benchmarks.shrink import (
     zero_lowest,
 )
 from torch_worm_optim import ParameterSelector, WormOptimizer, shrink_
-from torch_worm_optim.ticket import scale_gradients_
 
 PARTS = ["tests", "samples", "steps", "shrunk", "transformers", "training"]
 WINDOW = 5
@@ -101,7 +100,7 @@ def truncation(weights: dict[str, Tensor], repeats: int) -> list[dict[str, objec
     source = torch.empty(n * 3 * size // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     works: dict[str, Callable[[], object]] = {
-        "ours": lambda: scale_gradients_(gradients, multipliers),
+        "ours": lambda: torch._foreach_mul_(gradients, multipliers),
         "floor": lambda: target.copy_(source),
     }
     times = medians(works, repeats, device)

@@ -13,7 +13,6 @@ EB Train         pruned and shrunk at the ticket of a search that truncates noth
 EB at WORM's     the same network, pruned with its newest mask at the epoch of WORM's ticket
 WORM             the search with truncated gradients, from the trigger point on
 WORM, update     the same with truncated updates (equal to WORM for SGD without momentum)
-WORM, faded n    WORM's ticket under ``prune(over=...)`` of n epochs
 random           as many channels as EB Train's ticket, at the same epoch, but any, which is about
                  the same share of each layer
 
@@ -53,7 +52,7 @@ from torch_worm_optim import Phase, WormOptimizer
 
 NETWORKS: dict[str, Callable[[float], nn.Module]] = {"resnet18": resnet18, "vgg11": vgg11}
 STRENGTHS = (1, 0.5, 0.1, 0.05, 0.01, 0.003)  # of truncation, in the paper's Table 1 and section 5
-METHODS = ["dense", "EB Train", "WORM", "random", "EB at WORM's", "faded", "update"]
+METHODS = ["dense", "EB Train", "WORM", "random", "EB at WORM's", "update"]
 BATCH = 32  # of the paper, as are the learning rate and the window
 WINDOW = 5
 
@@ -303,8 +302,7 @@ def with_ticket(run: Training, scales: dict[str, Tensor]) -> Training:
     """A copy that has these masks of its scales, and of their shifts, for a ticket."""
     run = run.fork()
     run.penalty.remove()
-    shifts = {name.removesuffix("weight") + "bias": mask for name, mask in scales.items()}
-    run.opt = WormOptimizer(run.opt.base_optim, run.model, ticket=scales | shifts)
+    run.opt = WormOptimizer(run.opt.base_optim, run.model, ticket=scales)
     return run
 
 
@@ -318,7 +316,7 @@ def newest_mask(args: argparse.Namespace, run: Training) -> dict[str, Tensor]:
 
 def random_mask(run: Training) -> dict[str, Tensor]:
     """Another mask that removes as many channels as a ticket, at random, and of no layer all."""
-    scales = {n: mask for n, mask in (run.opt.ticket or {}).items() if n.endswith("weight")}
+    scales = {n: mask for n, mask in (run.opt.final_mask or {}).items() if n.endswith("weight")}
     generator = torch.Generator().manual_seed(run.case.seed)
     ranks = {name: torch.rand(len(mask), generator=generator) for name, mask in scales.items()}
     for each in ranks.values():
@@ -328,11 +326,11 @@ def random_mask(run: Training) -> dict[str, Tensor]:
     return {name: (each > highest).to(scales[name].device) for name, each in ranks.items()}
 
 
-def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Training, int]]:
-    """Each method with the training that it goes on from and the epochs that it fades over."""
+def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Training]]:
+    """Each method with the training that it goes on from."""
     trigger = ticket = at_worm = worm = None
     dense = "dense" in args.methods
-    with_worm = {"WORM", "EB at WORM's", "faded"} & set(args.methods)
+    with_worm = {"WORM", "EB at WORM's"} & set(args.methods)
     with_base = {"EB Train", "random", "EB at WORM's"} & set(args.methods)
 
     def goes_on() -> bool:
@@ -353,34 +351,31 @@ def methods(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Tra
             ticket = base.fork()
             ticket.penalty.remove()
     if dense:
-        yield "dense", base, 0
+        yield "dense", base
     if worm and "WORM" in args.methods:
-        yield "WORM", worm.fork(), 0
+        yield "WORM", worm.fork()
     if ticket and "EB Train" in args.methods:
-        yield "EB Train", ticket.fork(), 0
+        yield "EB Train", ticket.fork()
     if ticket and "random" in args.methods:
-        yield "random", with_ticket(ticket, random_mask(ticket)), 0
+        yield "random", with_ticket(ticket, random_mask(ticket))
     if at_worm and "EB at WORM's" in args.methods:
-        yield "EB at WORM's", at_worm, 0
-    for n in (1, 3):
-        if worm and "faded" in args.methods and worm.epochs + n < args.epochs:
-            yield f"WORM, faded {n}", worm.fork(), n
+        yield "EB at WORM's", at_worm
     # Plain SGD's update is the gradient.
     if trigger and "update" in args.methods and base.case.momentum:
         update = truncated(args, trigger, truncation=args.truncation, truncate="update")
         update.search(args.epochs - 1)
-        yield "WORM, update", update, 0
+        yield "WORM, update", update
 
 
-def strengths(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Training, int]]:
+def strengths(args: argparse.Namespace, base: Training) -> Iterator[tuple[str, Training]]:
     """The same for searches that truncate from the first mask on."""
     for r in STRENGTHS:
         run = truncated(args, base, truncation=r, trigger="always")
         run.search(args.epochs - 1)
-        yield f"r = {r:g}", run, 0
+        yield f"r = {r:g}", run
 
 
-def follow(args: argparse.Namespace, run: Training, fade: int, row: dict[str, Any]) -> None:
+def follow(args: argparse.Namespace, run: Training, row: dict[str, Any]) -> None:
     """Prune with the ticket, shrink, and train on; fill the row with what comes of it."""
     found = run.epochs
     row |= {"accuracies": run.accuracies, "seconds": run.seconds}
@@ -391,14 +386,10 @@ def follow(args: argparse.Namespace, run: Training, fade: int, row: dict[str, An
         return
     row |= {"ticket epoch": found, "before pruning": run.accuracies[-1]}
     run.penalty.remove()
-    if fade:
-        run.opt.prune(over=fade * run.n_steps)
-        for _ in range(fade):
-            run.epoch()
     run.opt.prune()
     row["after pruning"] = run.accuracy(run.model)
     row["BatchNorm recomputed"] = run.accuracy(run.recomputed())
-    scales = [mask for key, mask in (run.opt.ticket or {}).items() if key.endswith("weight")]
+    scales = [mask for key, mask in (run.opt.final_mask or {}).items() if key.endswith("weight")]
     row["kept"] = [[int(mask.sum()), mask.numel()] for mask in scales]
     begin = run.clock()
     run.compute = None  # Lets go of the graph of what the network was.
@@ -431,14 +422,14 @@ def trial(args: argparse.Namespace, images: Images, case: Case, deadline: float)
         path.write_text(json.dumps(result, indent=1))
 
     base = start(args, images, case, deadline)
-    for name, run, fade in (strengths if args.sweep else methods)(args, base):
+    for name, run in (strengths if args.sweep else methods)(args, base):
         row = rows[name] = {}
         if name == "dense":
             row |= {"accuracies": run.accuracies, "seconds": run.seconds}
             row["distances"] = [list(sample.distances) for sample in run.opt.history]
             row["complete"] = run.epochs == args.epochs
         else:
-            follow(args, run, fade, row)
+            follow(args, run, row)
         save()
         end = statistics.mean(row.get("accuracies", [])[-3:] or [math.nan])
         found = f", ticket at epoch {row['ticket epoch']}" if "ticket epoch" in row else ""

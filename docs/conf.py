@@ -56,6 +56,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(lightning|transformers)\..+"),
     ("py:class", r"Trainer\w*|TrainingArguments|LightningModule|Callback"),
     ("py:class", r"optional|callable"),  # words of "Args:" sections that are not types
+    ("py:class", r"Kept"),  # indices that stay in each dimension, which ShrinkReport describes
 ]
 
 

@@ -193,8 +193,7 @@ def random_ticket(args: argparse.Namespace, model: nn.Module, seed: int) -> dict
         nn.init.uniform_(norm.weight, generator=generator)
     opt = wrap(args, torch.optim.SGD(model.parameters(), 0.1), model, sample_every=None)
     opt.sample()
-    scales = opt.candidate_mask
-    return scales | {name.removesuffix("weight") + "bias": m for name, m in scales.items()}
+    return opt.candidate_mask
 
 
 class Clock:
@@ -299,7 +298,7 @@ def prune_and_shrink(
     recomputed = copy.deepcopy(model)
     torch.optim.swa_utils.update_bn(data.train_images.split(500), recomputed)
     run.scores["after pruning, BatchNorm recomputed"] = accuracy(recomputed, data)
-    run.ticket = opt.ticket
+    run.ticket = opt.final_mask
     clock.start()
     cut = opt.shrink(data.train_images[:1], scatter=args.scatter, multiple_of=args.multiple_of)
     clock.stop()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
 import training
+from _pytest.doctest import DoctestModule
 from hypothesis import settings
 
 # Hypothesis loads its own "ci" profile where CI is set; a deadline would make the suite depend on
@@ -32,6 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Put the small network where it was asked for."""
     training.DEVICE = torch.device(config.getoption("--device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Look for doctests in the package alone: they pass over a test file that cannot be imported.
+
+    And what pytest has failed to import for its doctests it then takes for a file without tests.
+    """
+    collectors = yield
+    return [each for each in collectors if not isinstance(each, DoctestModule)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 
 import torch
@@ -73,11 +75,6 @@ def at_phase(
             return model, opt
         train(model, opt, range(step, step + 1))
     raise AssertionError(f"never reached {phase}: {opt}")
-
-
-def ticket_of(opt: WormOptimizer) -> dict[str, Tensor]:
-    """The ticket with its followers. To be replaced by `final_mask` once that has them."""
-    return getattr(opt, "ticket", opt.final_mask)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -161,7 +158,24 @@ def train_by_hand(
     return results
 
 
-def window_of(state_dict: dict[str, object]) -> Tensor:
-    """The window in what an optimizer's ``state_dict()`` returned, as one tensor; a copy."""
-    packed = state_dict["param_groups"][0]["worm"]["window"]
-    return torch.cat([row.flatten() for rows in packed.values() for row in rows])
+def through_a_file(value: object) -> object:
+    """What comes back from disk, read in the safe way."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def record_of(state_dict: dict[str, object]) -> dict[str, object]:
+    """What a search wrote into what an optimizer's ``state_dict()`` returned."""
+    packed = base64.b64decode(state_dict["param_groups"][0]["worm"])
+    return torch.load(io.BytesIO(packed), weights_only=True)
+
+
+def with_record(state_dict: dict[str, object], record: object) -> dict[str, object]:
+    """The same ``state_dict`` with another record in it."""
+    file = io.BytesIO()
+    torch.save(record, file)
+    packed = base64.b64encode(file.getvalue()).decode()
+    first, *others = state_dict["param_groups"]
+    return {**state_dict, "param_groups": [{**first, "worm": packed}, *others]}

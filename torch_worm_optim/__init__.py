@@ -17,7 +17,7 @@ from torch_worm_optim.shrink import load_shrunk_ as load_shrunk_
 from torch_worm_optim.shrink import shrink_ as shrink_
 from torch_worm_optim.ticket import apply_ticket_ as apply_ticket_
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "BatchNormSelector",

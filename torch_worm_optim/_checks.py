@@ -24,6 +24,13 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def warn_once(warned: set[str], topic: str, message: str) -> None:
+    """Warn of a topic unless it is among those that were warned of, and add it to them."""
+    if topic not in warned:
+        warned.add(topic)
+        warn_user(message)
+
+
 def check_share(name: str, value: Any, *, below_one: bool = False) -> float:
     """A share in [0, 1], or in [0, 1) when ``below_one``."""
     interval = "[0, 1)" if below_one else "[0, 1]"

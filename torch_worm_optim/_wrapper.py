@@ -6,15 +6,33 @@ private hooks, copy, pickle and replace methods. All that they expect of a wrapp
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 Closure = Callable[[], Any]
+RECORD_KEY = "worm"
+
+# The base optimizers that step inside of their wrappers at the moment, in this thread.
+_stepping: ContextVar[tuple[Optimizer, ...]] = ContextVar("stepping", default=())
+
+
+class _OncePerStep:
+    """A global step hook that stays in its registry, and has run for a base on its wrapper."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, optimizer: Optimizer, *args: Any) -> Any:
+        """Run the hook, unless a base optimizer steps inside of its wrapper."""
+        if not any(optimizer is each for each in _stepping.get()):
+            return self.hook(optimizer, *args)
+        return None
 
 
 class OptimizerWrapper(Optimizer):
@@ -35,6 +53,7 @@ class OptimizerWrapper(Optimizer):
         self.__setstate__({"base_optim": base_optim})
         for key in base_optim.defaults.keys() - known:
             del base_optim.defaults[key]
+        self._reserve_record()
 
     # Properties, since a copied reference goes stale as soon as the base loads a checkpoint; with
     # setters, since trainers assign to them.
@@ -102,16 +121,33 @@ class OptimizerWrapper(Optimizer):
         """Take one step of the base optimizer; returns what that returns."""
         # Some optimizers' step takes no closure at all.
         args = () if closure is None else (closure,)
-        with _global_hooks_skipping(self.base_optim):
+        registries: tuple[dict[int, Any], ...] = (
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
+        for registry in registries:
+            for key, hook in list(registry.items()):
+                if not isinstance(hook, _OncePerStep):
+                    registry[key] = _OncePerStep(hook)
+        token = _stepping.set((*_stepping.get(), self.base_optim))
+        try:
             return self.base_optim.step(*args, **kwargs)
+        finally:
+            _stepping.reset(token)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
         self.base_optim.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base optimizer."""
+        """Add a parameter group to the base optimizer; the representatives stay as they are."""
         self.base_optim.add_param_group(param_group)
+        self._reserve_record()
+
+    def _reserve_record(self) -> None:
+        """Keep the key of what the wrapper saves in every group, see `_state`."""
+        for group in self.param_groups:
+            group.setdefault(RECORD_KEY, None)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, and what the wrapper has to remember beside it.
@@ -180,31 +216,34 @@ class OptimizerWrapper(Optimizer):
         return not any(moved)
 
 
-@contextlib.contextmanager
-def _global_hooks_skipping(base: Optimizer) -> Iterator[None]:
-    """Skip global step hooks for ``base``, since they already ran for this step on the wrapper.
+def check_wrappable(base_optim: Optimizer) -> None:
+    """Refuse what is no optimizer, is wrapped already, or whose checkpoints cannot hold more."""
+    kind = type(base_optim).__name__
+    if not isinstance(base_optim, Optimizer):
+        raise TypeError(
+            f"`base_optim` must be a torch.optim.Optimizer, got {kind}. Build the optimizer first: "
+            "WormOptimizer(SGD(model.parameters(), lr=0.1), model)."
+        )
+    if isinstance(base_optim, OptimizerWrapper):
+        raise TypeError(
+            f"`base_optim` is a {kind} already. Wrap the optimizer inside it: opt.base_optim."
+        )
+    if hasattr(base_optim, "consolidate_state_dict"):
+        return  # ZeroRedundancyOptimizer, which raises before all ranks have called that.
+    missing = {"state", "param_groups"} - set(base_optim.state_dict())
+    if missing:
+        raise ValueError(
+            f"The state_dict() of {kind} has no {sorted(missing)[0]!r}, as those of torch's "
+            "optimizers do, so the search could not be saved with it. Wrap the optimizer inside of "
+            f"it, and put it around that: {kind}(WormOptimizer(SGD(...), model))."
+        )
 
-    The hooks are exchanged, not taken out, so that they still fire for another optimizer that steps
-    meanwhile, and may be removed meanwhile.
-    """
 
-    def skipping(hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda optimizer, *args: None if optimizer is base else hook(optimizer, *args)
-
-    registries: tuple[dict[int, Any], ...] = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
-    exchanged = [
-        (registry, key, hook, skipping(hook))
-        for registry in registries
-        for key, hook in registry.items()
-    ]
-    for registry, key, _, substitute in exchanged:
-        registry[key] = substitute
-    try:
-        yield
-    finally:
-        for registry, key, hook, substitute in exchanged:
-            if registry.get(key) is substitute:
-                registry[key] = hook
+def refuse_capture() -> None:
+    """Raise while a CUDA graph is captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "step() of WormOptimizer cannot be captured in a CUDA graph: a replay runs no Python, "
+            "so it would count no steps, draw no masks and repeat the phase that was captured. "
+            "Capture forward and backward, and call step() after each replay."
+        )

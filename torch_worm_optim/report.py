@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from torch_worm_optim.distributed import canonical_name
-from torch_worm_optim.search import Phase
 from torch_worm_optim.selectors import Representative
+
+if TYPE_CHECKING:
+    from torch_worm_optim.optimizer import WormOptimizer
+    from torch_worm_optim.search import Phase
+
+# A representative that keeps a smaller share than this is a bottleneck that training rarely leaves.
+_NARROW = 0.1
 
 
 class KeptCount(NamedTuple):
@@ -61,6 +67,25 @@ def kept_counts_of(masks: Mapping[str, Tensor]) -> list[KeptCount]:
     ]
 
 
+def narrow_layers(counts: Sequence[KeptCount], prune_ratio: float) -> str:
+    """What to warn of where next to nothing is kept of a representative; empty if all keep more."""
+    least = min(_NARROW, (1 - prune_ratio) / 2)
+    narrow = [
+        f"{each.name!r} ({each.kept} of {each.numel})"
+        for each in counts
+        if each.kept is not None and each.kept < least * each.numel
+    ]
+    if not narrow:
+        return ""
+    return (
+        f"The ticket leaves little of {', '.join(narrow[:3])}"
+        + f" and {len(narrow) - 3} more" * (len(narrow) > 3)
+        + ", a bottleneck that a network may not recover from. "
+        '`scope="layer"` prunes all alike'
+        + (", and `min_keep=0.2` keeps a fifth of each." if prune_ratio < 0.8 else ".")
+    )
+
+
 def counted(counts: Sequence[KeptCount]) -> str:
     """Whether entries, units or both are counted."""
     kinds = {each.is_units for each in counts}
@@ -78,6 +103,7 @@ def summary_text(counts: Sequence[KeptCount], phase: Phase, n_masks: int) -> str
     """A row for each representative, one for the total, and a line with the phase.
 
     Example:
+        >>> from torch_worm_optim import Phase
         >>> counts = [KeptCount("bn.weight", 8, 3, False), KeptCount("q", 4, 3, True)]
         >>> print(summary_text(counts, Phase.CONVERGED, 7))
         name       entries or units  kept   share
@@ -105,3 +131,26 @@ def summary_text(counts: Sequence[KeptCount], phase: Phase, n_masks: int) -> str
     else:
         state = "no mask drawn" + (", the given ticket counted" if phase.converged else " yet")
     return "\n".join([*lines, f"phase: {phase.value}, {state}"])
+
+
+def description(opt: WormOptimizer, *, step: int, n_frozen: int) -> str:
+    """What ``repr(opt)`` says: the phase, the last distances and the base optimizer."""
+    settings, history, counts = opt.settings, opt.history, opt.kept_counts()
+    frozen = f" ({n_frozen} more are frozen)" if n_frozen else ""
+    lines = [
+        f"phase: {opt.phase.value}",
+        f"step: {step}",
+        f"masks drawn: {len(history)} (window: {settings.window})",
+        f"ranked entries: {sum(each.numel for each in counts)} of {len(counts)} representatives"
+        + frozen,
+    ]
+    last = history[-1] if history else None
+    if last is not None and last.max_distance is not None:
+        lines += [
+            f"distances: ({', '.join(f'{distance:.4f}' for distance in last.distances)})",
+            f"max_distance: {last.max_distance:.4f} (converged below {settings.stopping_point:g})",
+            f"mean_distance: {last.mean_distance:.4f} (truncating below "
+            f"{settings.trigger_point:g})",
+        ]
+    lines.append("base_optim: " + repr(opt.base_optim).replace("\n", "\n  "))
+    return f"{type(opt).__name__} (\n  " + "\n  ".join(lines) + "\n)"

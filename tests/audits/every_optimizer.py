@@ -9,7 +9,6 @@ is tried, so that a new optimizer is tried the day it is released.
 from __future__ import annotations
 
 import inspect
-import io
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from training import loss_of, same, weights_of
+from training import loss_of, same, through_a_file, weights_of
 
 from torch_worm_optim import ParameterSelector, Phase, Selector, WormOptimizer
 from torch_worm_optim.ticket import is_normalising
@@ -32,8 +31,8 @@ SEARCH: dict[str, Any] = {
     "truncation": 0.0,
 }
 PHASES = [Phase.SEARCHING] * 2 + [Phase.TRUNCATING] * 4 + [Phase.CONVERGED]
-PHASES += [Phase.FADING] * 2 + [Phase.PRUNED]
-STOPS = (1, 3, 6, 8, 9)  # one in each phase
+PHASES += [Phase.PRUNED] * 3
+STOPS = (1, 3, 6, 8)  # one in each phase
 
 # The learning rate of all; small enough for the greediest of them, large enough to see it move.
 RATE = 0.01
@@ -50,10 +49,9 @@ class Verdict(NamedTuple):
         plain: With a truncation of 1, weights and state are those of the plain optimizer, bit for
             bit, in both ways to truncate.
         gradient: With ``truncate="gradient"`` and a truncation of 0 all phases are passed; while
-            truncating, gradients of removed entries are 0; fading, those go to 0 in two equal
-            steps; when pruned, they stay 0.
+            truncating, gradients of removed entries are 0; when pruned, the entries are 0.
         update: With ``truncate="update"`` and a truncation of 0 all phases are passed; while
-            truncating, removed entries keep their bits; fading and pruned as above.
+            truncating, removed entries keep their bits; when pruned, they are 0.
         closure: Steps with a closure do bit for bit what steps without one do.
         resumes: Stopped in each phase and resumed from a file, a run keeps its bits.
     """
@@ -196,8 +194,8 @@ def run(
     model, opt = start(name, truncate=truncate)
     fine = True
     for step, phase in enumerate(PHASES):
-        if phase is Phase.FADING:
-            opt.prune(over=2)
+        if phase is Phase.PRUNED and opt.phase is not phase:
+            opt.prune()
         if step in stops:
             saved = through_a_file([model.state_dict(), opt.state_dict()])
             model, opt = start(name, truncate=truncate)
@@ -209,12 +207,6 @@ def run(
         take_step(name, model, opt, step, closures)
         if phase is Phase.TRUNCATING:
             fine = fine and is_truncated(model, mask, before, truncate)
-        if phase is Phase.FADING:
-            share = 0.5 if opt.phase is phase else 0.0
-            fine = fine and all(
-                torch.equal(model.get_parameter(key)[~kept], before[key][~kept] * share)
-                for key, kept in mask.items()
-            )
         if phase is Phase.PRUNED:
             fine = fine and is_pruned(model, mask)
     return weights_of(model), fine
@@ -240,14 +232,6 @@ def is_pruned(model: nn.Module, mask: dict[str, Tensor]) -> bool:
     return all(torch.equal(model.get_parameter(key) != 0, kept) for key, kept in mask.items())
 
 
-def through_a_file(value: Any) -> Any:
-    """What comes back from disk, read in the safe way."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 # ---- the verdict
 
 
@@ -256,7 +240,7 @@ def equals_plain(name: str) -> bool:
     plain_model = model_for(name)
     plain = optimizer_for(name, plain_model)
     before = weights_of(plain_model)
-    steps = range(PHASES.index(Phase.FADING))
+    steps = range(PHASES.index(Phase.PRUNED))
     for step in steps:
         take_step(name, plain_model, plain, step)
     equal = not same(before, weights_of(plain_model))
@@ -348,7 +332,7 @@ Each trained a small network through all phases, from the first mask to pruned.
 
 `truncate="gradient"`, `truncate="update"`
 : With `truncation=0`: while truncating, the gradients of removed entries are 0, or these entries
-  keep their bits; fading, they go to zero in two equal steps; once pruned, they stay zero.
+  keep their bits; once pruned, they are zero after every step.
 
 `step(closure)`
 : It does bit for bit what a backward and `step()` do. LBFGS always needs its closure.

@@ -12,7 +12,6 @@ steps. At the end weights, masks, history and the optimizer's state must be equa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -71,7 +70,7 @@ class Training:
         self.scaler.update()
         self.schedule.step()
         if self.opt.phase is Phase.CONVERGED and self.step % 7 == 0:
-            self.opt.prune(over=50)
+            self.opt.prune()
         self.step += 1
 
     def state(self) -> dict[str, object]:
@@ -162,11 +161,11 @@ def main() -> None:
     place = difference(a, b)
     if place:
         sys.exit(f"After {kills} kills the runs differ at {place}.")
-    record = a["opt"]["param_groups"][0]["worm"]
-    phases = [sample[-1] for sample in json.loads(record["history"])]
+    end = Training(args.seed)
+    end.load(a)
     print(
-        f"{args.steps} steps, {record['step']} of them taken, {len(phases)} masks, "
-        f"{'pruned' if record['pruned'] else phases[-1]}, {kills} kills: equal bit for bit"
+        f"{args.steps} steps, {len(end.opt.history)} masks, {end.opt.phase.value}, {kills} kills: "
+        "equal bit for bit"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import warnings
@@ -21,6 +20,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_worm_optim import (
     BatchNormSelector,
@@ -29,7 +29,6 @@ from torch_worm_optim import (
     Representative,
     WormOptimizer,
 )
-from torch_worm_optim.search import mask as masks_module
 from torch_worm_optim.ticket import apply_ticket_
 
 
@@ -110,6 +109,11 @@ SELECTORS: dict[str, tuple[bool, Callable[[nn.Module], list[Representative]]]] =
     "fused": (True, QueryKeySelector(layouts={"Attention": {"qkv": "2 * (q k v)"}})),
     "ties": (False, ParameterSelector("*out_proj.weight") | BatchNormSelector(bias=False)),
     "all": (False, ParameterSelector("*.weight")),
+    "heads and rows": (
+        False,
+        QueryKeySelector(granularity="head", value=True)
+        | ParameterSelector("head.weight", granularity="row"),
+    ),
 }
 
 
@@ -174,17 +178,10 @@ def outcome(net: nn.Module, opt: WormOptimizer) -> dict[str, Any]:
     }
 
 
-FEW = {"_HOST_CHUNK": masks_module._HOST_CHUNK}
-MANY = {"_HOST_CHUNK": 40}
-"""With chunks so small a few entries are counted as millions are."""
-
-
 def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = False) -> list[Any]:
     """Masks of the first weights, and of weights with many at zero, for several settings."""
     results = []
-    for case, settings in itertools.product(cases, (FEW, MANY)):
-        for name, value in settings.items():
-            setattr(masks_module, name, value)
+    for case in cases:
         net, opt = build(layout, which, after, sample_every=None, **case)
         with torch.no_grad():  # an evaluation leaves whole parameters in FSDP's root module
             net.eval()(batch_of(0)[0])
@@ -203,8 +200,6 @@ def drawn(layout: str, which: str, cases: list[dict[str, Any]], after: bool = Fa
             masks.append(outcome(net, opt)["masks"])
         ties = [str(w.message).split(":")[0] for w in caught if "tie for" in str(w.message)]
         results.append((masks, outcome(net, opt)["history"], ties))
-    for name, value in FEW.items():
-        setattr(masks_module, name, value)
     return results
 
 
@@ -214,10 +209,9 @@ def trained(
     steps: int,
     after: bool = False,
     prune: bool = False,
-    over: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train, and prune after the ticket, over some steps, if asked."""
+    """Train, and prune after the ticket if asked."""
     net, opt = build(layout, which, after, **options)
     for step in range(steps):
         train(net, opt, range(step, step + 1))
@@ -226,7 +220,7 @@ def trained(
                 net.eval()(batch_of(0)[0])
             net.train()
         if prune and opt.converged and step > steps - 6:
-            opt.prune(over)
+            opt.prune()
     return outcome(net, opt)
 
 
@@ -236,13 +230,13 @@ OPTIONS |= {"stopping_point": 0.012, "window": 5}
 
 
 def saved(
-    layout: str, which: str, steps: int, folder: str, over: int = 0, **how: bool
+    layout: str, which: str, steps: int, folder: str, prune: bool = False, **how: bool
 ) -> dict[str, Any]:
-    """Train, prune over some steps if asked, and save with torch.distributed.checkpoint."""
+    """Train, prune if asked, and save with torch.distributed.checkpoint."""
     net, opt = build(layout, which, **OPTIONS)
     train(net, opt, range(steps))
-    if over:
-        opt.prune(over)
+    if prune:
+        opt.prune()
         train(net, opt, range(steps, steps + 2))
     options = dcp_state.StateDictOptions(**how)
     state = {
@@ -311,47 +305,27 @@ def killed(layout: str, which: str, folder: str) -> None:
             dcp.save(state, checkpoint_id=f"{folder}/{step}")
 
 
-def traffic(width: int) -> list[int]:
-    """The bytes of each reduction of one sample with a full window."""
-    net = new_net(width=width)
-    fully_shard(net)
-    opt = WormOptimizer(
-        torch.optim.SGD(net.parameters(), lr=0.1),
-        net,
-        QueryKeySelector(),
-        sample_every=None,
-        window=2,
-        stopping_point=0,
-    )
-    opt.sample()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(2)  # no mask is drawn unless a weight has changed
-    sent: list[int] = []
-    collectives = torch.distributed.distributed_c10d
-    reduce = collectives.all_reduce
-    others = {
-        name: getattr(torch.distributed, name)
-        for name in ("all_gather_into_tensor", "all_gather", "broadcast", "all_gather_object")
-    }
+class _Gathers(TorchDispatchMode):
+    """Counts the entries that each gathering returns."""
 
-    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tensor.numel() * tensor.element_size())
-        return reduce(tensor, *args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.numels: list[int] = []
 
-    def forbidden(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a sample gathers")
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and note what it gathers."""
+        out = func(*args, **(kwargs or {}))
+        if "all_gather" in str(func):
+            self.numels.append(out.numel())
+        return out
 
-    torch.distributed.all_reduce = counting
-    for name in others:
-        setattr(torch.distributed, name, forbidden)
-    try:
+
+def gathered(scope: str) -> tuple[int, int]:
+    """How often one sample gathers, and how many entries at most at a time."""
+    _, opt = build("fsdp", "queries and keys", sample_every=None, scope=scope)
+    with _Gathers() as gathers:
         opt.sample()
-    finally:
-        torch.distributed.all_reduce = reduce
-        for name, function in others.items():
-            setattr(torch.distributed, name, function)
-    return sent
+    return len(gathers.numels), max(gathers.numels)
 
 
 def bad_weights(layout: str) -> list[str]:
@@ -359,11 +333,9 @@ def bad_weights(layout: str) -> list[str]:
     net, opt = build(layout, "queries and keys", **OPTIONS)
     train(net, opt, range(4))
     before = outcome(net, opt)["history"]
-    with torch.no_grad():
-        net.attn.q_proj.weight.to_local()[-1:].fill_(torch.nan)  # of the last rank's, if any
-    if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() > 0:
         with torch.no_grad():
-            net.attn.q_proj.weight.to_local().fill_(1.0)
+            net.attn.q_proj.weight.to_local()[-1:].fill_(torch.nan)
     messages = []
     for _ in range(2):
         try:
@@ -411,26 +383,6 @@ def refused() -> dict[str, str]:
         except (RuntimeError, ValueError) as error:
             messages[name] = str(error)
 
-    def units() -> None:
-        net = shard(new_net(), "fsdp")
-        base = torch.optim.SGD(net.parameters(), lr=0.1)
-        WormOptimizer(base, net, ParameterSelector("head.weight", granularity="row"))
-
-    def resharded() -> None:
-        net, opt = build("fsdp", "scales")
-        opt.sample()
-        weight = net.bn2.weight
-        whole = nn.Parameter(weight.detach().redistribute(placements=[Replicate()]))
-        net.bn2.register_parameter("weight", whole)
-        net.bn2.weight.data = whole.data
-        opt.sample()
-
-    def follower() -> None:
-        net = new_net()
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-        net.bn2.weight = nn.Parameter(distribute_tensor(net.bn2.weight.detach(), mesh, [Shard(0)]))
-        WormOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net)
-
     def partial_sums() -> None:
         net = new_net()
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
@@ -444,9 +396,25 @@ def refused() -> dict[str, str]:
         base = torch.optim.SGD(net.parameters(), lr=0.1)
         WormOptimizer(base, net, ParameterSelector("*"))
 
-    for work in (units, resharded, follower, partial_sums, fsdp1):
+    for work in (partial_sums, fsdp1):
         attempt(work.__name__, work)
     return messages
+
+
+def resharded() -> tuple[dict[str, Any], dict[str, Any]]:
+    """A mask of scales whose shifts are not sharded, before and after they are sharded anew."""
+    net = new_net()
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    net.bn2.weight = nn.Parameter(distribute_tensor(net.bn2.weight.detach(), mesh, [Shard(0)]))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    opt = WormOptimizer(sgd, net, sample_every=None, scope="layer")
+    opt.sample()
+    before = outcome(net, opt)["masks"]
+    weight = net.bn2.weight.detach().redistribute(placements=[Replicate()])
+    net.bn2.weight = nn.Parameter(weight * 1.5)
+    opt.param_groups[0]["params"] = list(net.parameters())
+    opt.sample()
+    return before, outcome(net, opt)["masks"]
 
 
 def applied(layout: str) -> dict[str, Tensor]:

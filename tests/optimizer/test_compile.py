@@ -71,13 +71,14 @@ def train(compiled, base="SGD momentum", scheduled=False, **options):
             scheduler.step()
         phases.append(opt.phase)
         if step == PRUNED_AFTER:
-            opt.prune(over=2)
+            opt.prune()
     assert list(dict.fromkeys(phases)) == list(Phase)
     return weights_of(model), opt.history
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("truncate", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("truncate", "scheduled"), [("gradient", False), ("gradient", True), ("update", False)]
+)
 @pytest.mark.parametrize("compiled", ["opt.step", "training step", "closure"])
 def test_compiled_steps_are_compiled_once_and_keep_their_bits(compiled, truncate, scheduled):
     """From the third step on nothing is compiled again, whatever mask or phase, or rate, comes."""

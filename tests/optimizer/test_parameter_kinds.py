@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from training import BASES, same, small_cnn, train, weights_of
+from training import BASES, same, small_cnn, through_a_file, train, weights_of
 
 from torch_worm_optim import BatchNormSelector, ParameterSelector, Phase, WormOptimizer
 
@@ -75,7 +74,7 @@ KINDS = {
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 @pytest.mark.parametrize("make", KINDS)
 def test_a_parameter_of_any_kind_is_truncated_and_pruned(make, truncate):
-    """Removed entries stand still while truncating, fade to zero in equal steps, and stay there."""
+    """Removed entries stand still while truncating, and are held at zero once pruned."""
     name = KINDS[make]
     torch.manual_seed(1)
     model, inputs = make()
@@ -87,9 +86,9 @@ def test_a_parameter_of_any_kind_is_truncated_and_pruned(make, truncate):
         **SEARCH,
     )
     seen = []
-    for step in range(12):
+    for step in range(10):
         if step == 8:
-            opt.prune(over=2)
+            opt.prune()
         seen.append(opt.phase)
         mask = opt.candidate_mask
         before = model.get_parameter(name).detach().clone()
@@ -102,15 +101,10 @@ def test_a_parameter_of_any_kind_is_truncated_and_pruned(make, truncate):
         elif seen[-1] is Phase.TRUNCATING:
             assert torch.equal(after[~mask[name]], before[~mask[name]])
             assert not torch.equal(after, before)
-        elif seen[-1] is Phase.FADING:
-            assert torch.equal(after[~mask[name]], before[~mask[name]] / 2)
     assert list(dict.fromkeys(seen)) == list(Phase)
     assert list(opt.final_mask) == [name]
 
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
-    opt.load_state_dict(torch.load(file, weights_only=True))
+    opt.load_state_dict(through_a_file(opt.state_dict()))
     assert opt.phase is Phase.PRUNED
 
 
@@ -140,8 +134,8 @@ def test_a_parameter_reparametrised_under_the_search_is_an_error(how, phase):
     opt = WormOptimizer(BASES["SGD"](model.parameters()), model, **SEARCH)
     n_steps = {Phase.SEARCHING: 1, Phase.TRUNCATING: 3}.get(phase, 7)
     train(model, opt, range(n_steps))
-    if phase in (Phase.FADING, Phase.PRUNED):
-        opt.prune(over=2 if phase is Phase.FADING else 0)
+    if phase is Phase.PRUNED:
+        opt.prune()
     assert opt.phase is phase
     if how == "prune":
         prune.l1_unstructured(model[4], "weight", 0.25)
@@ -167,9 +161,9 @@ def test_the_model_may_be_converted_in_every_phase(truncate, swapping):
     try:
         model = small_cnn()
         opt = WormOptimizer(BASES["SGD"](model.parameters()), model, truncate=truncate, **SEARCH)
-        for step in range(14):
+        for step in range(12):
             if step == 8:
-                opt.prune(over=4)
+                opt.prune()
             opt.zero_grad()
             model.to(torch.double if step % 2 else torch.float)
             mask, phase = opt.candidate_mask, opt.phase
@@ -178,10 +172,6 @@ def test_the_model_may_be_converted_in_every_phase(truncate, swapping):
             for name in mask if phase is Phase.TRUNCATING else ():
                 still = model.get_parameter(name) == before.get_parameter(name)
                 assert torch.equal(still, ~mask[name])
-            for name in mask if phase is Phase.FADING else ():
-                share = (11 - step) / (12 - step)
-                expected = before.get_parameter(name)[~mask[name]] * share
-                assert torch.equal(model.get_parameter(name)[~mask[name]], expected)
             for name in mask if phase is Phase.PRUNED else ():
                 assert torch.equal(model.get_parameter(name) != 0, mask[name])
     finally:
@@ -199,7 +189,7 @@ def test_swapped_tensors_go_on_as_they_would_have(truncate):
         opt = WormOptimizer(BASES["SGD"](model.parameters()), model, truncate=truncate, **SEARCH)
         for step in range(12):
             if step == 8:
-                opt.prune(over=3)
+                opt.prune()
             opt.zero_grad()
             for parameter in list(model.parameters()) if swap else ():
                 torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))

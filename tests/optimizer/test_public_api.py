@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 
 import pytest
 import torch
-from training import small_cnn
+from training import DEVICE, SCALES, at_phase, small_cnn
 
 import torch_worm_optim
-from torch_worm_optim import WormOptimizer
+from torch_worm_optim import Phase, WormOptimizer
 
 
 def wrap(**options):
@@ -106,3 +107,40 @@ def test_what_is_not_an_optimizer_or_a_model_is_refused():
         WormOptimizer(sgd, model.parameters())
     with pytest.raises(TypeError, match="positional"):
         WormOptimizer(sgd, model, None, 0.5)
+
+
+def test_arguments_can_be_read_and_not_changed():
+    """`settings` has them under their names, those that were left out included."""
+    given = {"prune_ratio": 0.3, "window": 4, "sample_every": None, "min_keep": 0.2}
+    given |= {"truncate": "update", "trigger": "always", "scope": "layer", "truncation": 0}
+    settings = wrap(**given).settings
+
+    assert {name: getattr(settings, name) for name in given} == given
+    parameters = inspect.signature(WormOptimizer).parameters
+    assert {field.name for field in dataclasses.fields(settings)} <= parameters.keys()
+    for name in dataclasses.asdict(wrap().settings):
+        assert getattr(wrap().settings, name) == parameters[name].default
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.window = 5
+    with pytest.raises(AttributeError):
+        wrap().settings = settings
+
+
+def test_the_model_the_counts_and_the_size_can_be_read():
+    """Counts are those of the newest mask, then of the ticket, also when the network is smaller."""
+    opt = wrap()
+    assert [(each.name, each.numel, each.kept) for each in opt.kept_counts()] == [
+        ("1.weight", 8, None),
+        ("4.weight", 12, None),
+    ]
+    for phase in (Phase.TRUNCATING, Phase.PRUNED):
+        model, opt = at_phase(phase)
+        kept = [int(opt.candidate_mask[name].sum()) for name in SCALES]
+        assert [each.kept for each in opt.kept_counts()] == kept
+        assert opt.model is model
+        assert not opt.is_shrunk
+    opt.shrink(torch.ones(1, 1, 6, 6, device=DEVICE))
+    assert opt.is_shrunk
+    assert opt.model is model
+    assert [each.kept for each in opt.kept_counts()] == kept
+    assert opt.final_mask["1.weight"].shape == (8,)

@@ -12,22 +12,22 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from training import BASES, loss_of, same, small_cnn, train, weights_of
+from training import (
+    SEARCH,
+    loss_of,
+    same,
+    small_cnn,
+    train,
+    weights_of,
+    wrapped,
+)
 
 from torch_worm_optim import Phase, WormOptimizer
-
-SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2}
-
-
-def build(make=BASES["SGD momentum"], **options):
-    """A small network and its wrapped optimizer."""
-    model = small_cnn()
-    return model, WormOptimizer(make(model.parameters()), model, **{**SEARCH, **options})
 
 
 def test_it_is_an_optimizer_that_shares_its_base():
     """Groups, state and defaults are the base optimizer's own, also after both were replaced."""
-    model, opt = build()
+    model, opt = wrapped()
     train(model, opt, range(2))
 
     assert isinstance(opt, torch.optim.Optimizer)
@@ -44,7 +44,7 @@ def test_it_is_an_optimizer_that_shares_its_base():
 
 def test_nothing_is_written_into_the_state_of_the_base():
     """State is empty before the first step, so that lazy initialisation still happens."""
-    model, opt = build(lambda p: torch.optim.SGD(p, lr=0.1), sample_every=1)
+    model, opt = wrapped("SGD", sample_every=1)
     assert len(opt.state) == 0
     train(model, opt, range(9))
 
@@ -54,7 +54,7 @@ def test_nothing_is_written_into_the_state_of_the_base():
 
 def test_each_hook_sees_one_step_per_step():
     """Hooks of wrapper, base and all optimizers fire once a step, saving and loading included."""
-    model, opt = build()
+    model, opt = wrapped()
     seen: list[str] = []
     note = lambda what: lambda *_: seen.append(what)  # noqa: E731
     handles = [
@@ -93,7 +93,7 @@ def test_each_hook_sees_one_step_per_step():
 
 def test_hooks_of_all_optimizers_survive_what_happens_in_a_step():
     """Removed in a step, a global hook stays away; another optimizer is seen; errors pass."""
-    _model, opt = build(lambda p: torch.optim.SGD(p, lr=0.1))
+    _model, opt = wrapped("SGD")
     other = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     seen: list[object] = []
     kept = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer))
@@ -117,7 +117,7 @@ def test_hooks_of_all_optimizers_survive_what_happens_in_a_step():
 
 def test_hooks_may_change_what_is_saved_and_loaded():
     """What a state_dict hook returns is what is saved and loaded."""
-    _, opt = build()
+    _, opt = wrapped()
     opt.register_state_dict_post_hook(lambda _, saved: {**saved, "note": 1})
     opt.register_load_state_dict_pre_hook(lambda _, saved: saved["inner"])
 
@@ -130,12 +130,13 @@ def test_hooks_may_change_what_is_saved_and_loaded():
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 def test_gradient_scaling_skips_infinite_steps(fused, truncate):
     """Under GradScaler the run equals one without it; a skipped step is no step."""
-    model, opt = build(
-        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=fused), truncate=truncate
-    )
-    plain_model, plain = build(
-        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=fused), truncate=truncate
-    )
+
+    def build():
+        model = small_cnn()
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+        return model, WormOptimizer(base, model, truncate=truncate, **SEARCH)
+
+    (model, opt), (plain_model, plain) = build(), build()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
     assert not hasattr(opt, "_step_supports_amp_scaling")
     for step in range(24):
@@ -170,11 +171,11 @@ def test_a_skipped_step_is_no_step_in_any_phase(device, base, unscale, when_infi
     """
     kind, _, option = base.partition(" ")
     runs = []
-    for wrapped in (True, False):
+    for is_wrapped in (True, False):
         model = small_cnn().to(device)
         make = getattr(torch.optim, kind)
         optimizer = make(model.parameters(), lr=0.02, **({option: True} if option else {}))
-        if wrapped:
+        if is_wrapped:
             optimizer = WormOptimizer(
                 optimizer,
                 model,
@@ -200,7 +201,7 @@ def test_a_skipped_step_is_no_step_in_any_phase(device, base, unscale, when_infi
             scales.append(scaler.get_scale())
             assert torch.equal(before, model[0].weight) == (step == when_infinite)
         runs.append((weights_of(model), scales))
-        if wrapped:
+        if is_wrapped:
             assert [sample.step for sample in optimizer.history] == [3, 6, 9]
             assert optimizer.sample().step == 9
 
@@ -242,7 +243,7 @@ def test_a_learning_rate_may_be_a_tensor(truncate):
 
 def test_a_step_that_only_creates_state_does_not_count():
     """Distributed checkpointing steps once with rate 0 and zero gradients; that is no step."""
-    model, opt = build(sample_every=1)
+    model, opt = wrapped(sample_every=1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     rate, opt.param_groups[0]["lr"] = opt.param_groups[0]["lr"], 0.0
@@ -278,7 +279,7 @@ def test_other_steps_without_effect_count(case):
 
 def test_a_warm_up_from_zero_counts():
     """Rate 0 with real gradients is a step of training."""
-    model, opt = build(sample_every=None)
+    model, opt = wrapped(sample_every=None)
     opt.param_groups[0]["lr"] = 0.0
     train(model, opt, range(2))
     opt.param_groups[0]["lr"] = 0.05
@@ -290,19 +291,19 @@ def test_a_warm_up_from_zero_counts():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("base", ["SGD", "SGD momentum", "AdamW"])
-@pytest.mark.parametrize("fading", [False, True])
+@pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself here, otherwise in each release
-def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten, fading):
-    """Saved and loaded by torch.distributed.checkpoint, search or fade go on bit for bit."""
+def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten, pruned):
+    """Saved and loaded by torch.distributed.checkpoint, search or ticket go on bit for bit."""
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     from torch.distributed.checkpoint import state_dict as dcp_state
 
     options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=flatten)
-    build_ = functools.partial(build, BASES[base], stopping_point=1.0 if fading else 0.06)
-    model, opt = build_()
+    build = functools.partial(wrapped, base, stopping_point=1.0 if pruned else 0.06)
+    model, opt = build()
     train(model, opt, range(12))
-    if fading:
-        opt.prune(over=10)
+    if pruned:
+        opt.prune()
     train(model, opt, range(12, 17))
     opt.zero_grad()
     saved = {
@@ -311,7 +312,7 @@ def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten, fadin
     }
     dcp.save(saved, checkpoint_id=tmp_path)
 
-    other_model, other = build_()
+    other_model, other = build()
     target = {
         "model": other_model.state_dict(),
         "opt": dcp_state.get_optimizer_state_dict(other_model, other, options=options),
@@ -321,12 +322,11 @@ def test_distributed_checkpoint_restores_a_search(tmp_path, base, flatten, fadin
     dcp_state.set_optimizer_state_dict(other_model, other, target["opt"], options=options)
 
     assert other.history == opt.history
-    assert ("phase: fading (steps left: 5)" in repr(other)) == fading
     train(model, opt, range(17, 40))
     train(other_model, other, range(17, 40))
     assert other.history == opt.history
     assert other.phase is opt.phase
-    assert (opt.phase is Phase.PRUNED) == fading
+    assert (opt.phase is Phase.PRUNED) == pruned
     assert same(weights_of(model), weights_of(other_model))
 
 
@@ -339,7 +339,8 @@ def test_base_only_methods_are_reachable_and_private_ones_are_not():
         def eval(self):
             self.mode = "eval"
 
-    _, opt = build(lambda p: WithModes(p, lr=0.1))
+    model = small_cnn()
+    opt = WormOptimizer(WithModes(model.parameters(), lr=0.1), model)
     opt.eval()
 
     assert opt.base_optim.mode == opt.mode == "eval"
@@ -350,7 +351,7 @@ def test_base_only_methods_are_reachable_and_private_ones_are_not():
 
 def test_step_can_be_replaced_and_is_a_bound_method():
     """Profilers and schedulers put another step in its place."""
-    model, opt = build()
+    model, opt = wrapped()
     calls = []
     assert opt.step.__func__
     inner = opt.step
@@ -372,23 +373,21 @@ class Proxy:
         return getattr(self.optimizer, name)
 
 
-@pytest.mark.parametrize("over", [0, 2])
-def test_what_is_called_on_a_proxy_happens_to_the_optimizer(over):
+def test_what_is_called_on_a_proxy_happens_to_the_optimizer():
     """Lightning hands out an object of this class with attributes of its own: state is shared."""
-    model, opt = build(sample_every=None, stopping_point=1.0, window=2, trigger="always")
+    model, opt = wrapped(sample_every=None, stopping_point=1.0, window=2, trigger="always")
     proxy = Proxy(opt)
     for start in (0, 3):
         train(model, opt, range(start, start + 3))
         proxy.sample()
-    proxy.prune(over)
-    assert opt.phase is proxy.phase is (Phase.FADING if over else Phase.PRUNED)
+    proxy.prune()
     train(model, opt, range(6, 8))
 
     assert isinstance(proxy, WormOptimizer)
     assert opt.phase is proxy.phase is Phase.PRUNED
     assert int(model[1].weight.count_nonzero() + model[4].weight.count_nonzero()) == 10
     saved = opt.state_dict()
-    other_model, other = build(sample_every=None, stopping_point=1.0, window=2)
+    other_model, other = wrapped(sample_every=None, stopping_point=1.0, window=2)
     Proxy(other).load_state_dict(saved)
     train(other_model, other, range(1))
     assert other.phase is Phase.PRUNED
@@ -397,7 +396,7 @@ def test_what_is_called_on_a_proxy_happens_to_the_optimizer(over):
 
 def test_groups_can_be_added():
     """A new group is trained by the base; the ranked entries stay the same, and it can be saved."""
-    model, opt = build()
+    model, opt = wrapped()
     extra = nn.Linear(2, 2)
     opt.add_param_group({"params": extra.parameters(), "lr": 0.5})
     train(model, opt, range(9))
@@ -410,7 +409,7 @@ def test_groups_can_be_added():
 
 def test_parameters_that_were_replaced_are_found():
     """New parameter objects under the old names, as sharding and dtype changes make, are used."""
-    model, opt = build(stopping_point=1.0, window=2, sample_every=1)
+    model, opt = wrapped(stopping_point=1.0, window=2, sample_every=1)
     replaced = {}
     for module in model:
         for name, parameter in list(module.named_parameters()):
@@ -427,7 +426,7 @@ def test_parameters_that_were_replaced_are_found():
 
 def test_zero_grad_is_the_bases():
     """Gradients become None, or zero when asked."""
-    model, opt = build()
+    model, opt = wrapped()
     loss_of(model, 0).backward()
     opt.zero_grad(set_to_none=False)
     assert model[0].weight.grad.count_nonzero() == 0

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from training import SCALES, SEARCH, at_phase, same, ticket_of, train, weights_of, wrapped
+from training import SCALES, SEARCH, at_phase, same, train, weights_of, wrapped
 
 from torch_worm_optim import (
     MaskSample,
@@ -141,7 +141,7 @@ def test_before_there_is_anything_the_axes_say_so(ax):
     ax.clear()
     assert "window not full yet" in texts_of(drawn(plot_trajectory(searched(6), ax)))
     ax.clear()
-    given = searched(0, ticket=ticket_of(converged()))
+    given = searched(0, ticket=converged().final_mask)
     assert texts_of(drawn(plot_trajectory(given, ax))) == ["no mask drawn: the ticket was given"]
 
 
@@ -165,7 +165,7 @@ def test_bars_are_the_masks(ax, make):
 
 def test_a_given_ticket_has_bars(ax):
     """Followers included, as in the summary."""
-    ticket = ticket_of(converged())
+    ticket = converged().final_mask
     plot_kept(searched(0, ticket=ticket), ax)
     assert [label.get_text() for label in drawn(ax).get_yticklabels()] == list(ticket)
 

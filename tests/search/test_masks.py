@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import weakref
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from reference import exact_count, reference_mask, reference_ties
 from strategies import layers, prune_ratios, scopes
 from torch import Tensor
 
 from torch_worm_optim import Part
-from torch_worm_optim.search import compute_mask, sum_over_ranks, unit_magnitudes
-from torch_worm_optim.search import mask as masks_module
+from torch_worm_optim.search import Scores, compute_mask, unit_magnitudes, unpack
 
 min_keeps = st.integers(0, 3)
 
 
+def draw(weights: dict[str, Tensor], ratio: float, **options: object) -> tuple[Tensor, int]:
+    """The mask of these weights as one tensor, and how many entries tie for it."""
+    scores = [
+        Scores(name, tensor.numel(), tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in weights.items()
+    ]
+    mask = compute_mask(scores, ratio, **options)
+    parts = [unpack(bits, each.numel) for bits, each in zip(mask.kept, scores, strict=True)]
+    return torch.cat(parts), mask.n_tied
+
+
 def draw_mask(weights: dict[str, Tensor], ratio: float, **options: object) -> list[bool]:
     """The mask of these weights, as a list."""
-    return compute_mask(weights, ratio, **options).kept.tolist()
+    return draw(weights, ratio, **options)[0].tolist()
 
 
 def as_lists(weights: dict[str, Tensor]) -> list[list[float]]:
@@ -41,18 +50,18 @@ def as_lists(weights: dict[str, Tensor]) -> list[list[float]]:
 @example({"a": torch.zeros(2), "b": torch.zeros(1)}, 0.9, "layer", 1)
 def test_mask_equals_the_slow_twin(weights, ratio, scope, min_keep):
     """The fast mask is the one that sorting by (score, position) gives, bit for bit."""
-    mask = compute_mask(weights, ratio, scope=scope, min_keep=min_keep)
+    kept, n_tied = draw(weights, ratio, scope=scope, min_keep=min_keep)
 
-    assert reference_mask(as_lists(weights), ratio, scope, min_keep) == mask.kept.tolist()
-    assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
+    assert reference_mask(as_lists(weights), ratio, scope, min_keep) == kept.tolist()
+    assert reference_ties(as_lists(weights), ratio, scope, min_keep) == n_tied
 
 
 @given(layers(), prune_ratios, min_keeps, st.data())
 def test_what_each_selector_found_is_ranked_by_itself(weights, ratio, min_keep, data):
     """As if the others were not there; groups may be interleaved."""
     groups = data.draw(st.lists(st.integers(0, 2), min_size=len(weights), max_size=len(weights)))
-    mask = compute_mask(weights, ratio, scope="selector", min_keep=min_keep, groups=groups)
-    parts = mask.kept.split([each.numel() for each in weights.values()])
+    kept, tied = draw(weights, ratio, scope="selector", min_keep=min_keep, groups=groups)
+    parts = kept.split([each.numel() for each in weights.values()])
     n_tied = 0
     for group in set(groups):
         members = [w for w, each in zip(as_lists(weights), groups, strict=True) if each == group]
@@ -60,7 +69,7 @@ def test_what_each_selector_found_is_ranked_by_itself(weights, ratio, min_keep, 
         expected = reference_mask(members, ratio, "global", min_keep)
         assert torch.cat(of_group).tolist() == expected
         n_tied += reference_ties(members, ratio, "global", min_keep)
-    assert mask.n_tied == n_tied
+    assert tied == n_tied
 
 
 @given(layers(), prune_ratios, scopes)
@@ -173,7 +182,7 @@ def test_bad_weights_are_named(weights, data):
     weights[name].view(-1)[position] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
 
     with pytest.raises(ValueError, match=f"{name}.*NaN or infinite"):
-        compute_mask(weights, data.draw(prune_ratios), scope=data.draw(scopes))
+        draw(weights, data.draw(prune_ratios), scope=data.draw(scopes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
@@ -191,7 +200,7 @@ def test_the_first_of_several_bad_weights_is_named():
 
     for scope in ("global", "layer"):
         with pytest.raises(ValueError, match="Cannot rank 'first'"):
-            compute_mask(weights, 0.5, scope=scope)
+            draw(weights, 0.5, scope=scope)
 
 
 def test_numbers_of_eight_bits_that_are_bad_are_named():
@@ -200,78 +209,13 @@ def test_numbers_of_eight_bits_that_are_bad_are_named():
     weights[3] = math.nan
 
     with pytest.raises(ValueError, match="'w': it has NaN or infinite"):
-        compute_mask({"w": weights.to(torch.float8_e5m2)}, 0.5)
+        draw({"w": weights.to(torch.float8_e5m2)}, 0.5)
 
 
 def test_nothing_to_rank_raises():
     """No entries, no mask."""
     with pytest.raises(ValueError, match="no entries to rank"):
-        compute_mask({"empty": torch.empty(0)}, 0.5)
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
-def test_ratios_and_scopes_must_be_in_range(ratio):
-    """What is not a share below 1, or not a known scope, is refused."""
-    with pytest.raises(ValueError, match=r"`prune_ratio` must be in \[0, 1\)"):
-        compute_mask({"w": torch.ones(4)}, ratio)
-    with pytest.raises(ValueError, match=r"`scope` must be .* got 'Layer'"):
-        compute_mask({"w": torch.ones(4)}, 0.5, scope="Layer")
-
-
-@pytest.fixture(params=["sampled", "counted"])
-def _small_chunks(request, monkeypatch):
-    """Chunks and samples so small that a few entries go every way that millions go."""
-    monkeypatch.setattr(masks_module, "_HOST_CHUNK", 8)
-    monkeypatch.setattr(masks_module, "_SAMPLE", 6)
-    monkeypatch.setattr(masks_module, "_LARGEST_BRACKET", 0.6)
-    if request.param == "counted":
-        monkeypatch.setattr(masks_module, "_keep_above_sampled_bracket", lambda *_: None)
-
-
-@pytest.mark.usefixtures("_small_chunks")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(layers(), layers(), prune_ratios, scopes, min_keeps, st.booleans())
-@example({"a": torch.ones(40)}, {}, 0.5, "global", 1, True)
-@example({"a": torch.arange(40.0)}, {"b": torch.zeros(30)}, 0.6, "global", 1, True)
-def test_masks_in_chunks_equal_the_slow_twin(first, second, ratio, scope, min_keep, strided):
-    """Bracket, ends with many equals, and bisection: every way gives the one mask."""
-    weights = {**first, **{f"{name}'": tensor for name, tensor in second.items()}}
-    if strided:
-        weights = {name: torch.stack([w, w], -1)[..., 0] for name, w in weights.items()}
-
-    mask = compute_mask(weights, ratio, scope=scope, min_keep=min_keep)
-
-    assert reference_mask(as_lists(weights), ratio, scope, min_keep) == mask.kept.tolist()
-    assert reference_ties(as_lists(weights), ratio, scope, min_keep) == mask.n_tied
-
-
-@pytest.mark.usefixtures("_small_chunks")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.tuples(*[st.integers(1, 5)] * 4, st.sampled_from("abcd")), min_size=1, max_size=3),
-    prune_ratios,
-    st.integers(0, 99),
-)
-# A contiguous piece of a strided tensor once overran what was left of a chunk.
-@example([(4, 3, 2, 5, "b")], 0.5, 0)
-def test_masks_of_parts_with_gaps_equal_the_slow_twin(cases, ratio, seed):
-    """Parts of tensors in every kind of memory layout are read as they are indexed."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for i, (*shape, kind) in enumerate(cases):
-        whole = torch.randn([2 * size for size in shape], generator=generator)
-        a, b, c, d = shape
-        parts = {
-            "a": lambda whole=whole: whole[::2],
-            "b": lambda whole=whole, b=b: whole[:, :b],
-            "c": lambda whole=whole, c=c: whole[:, :, c:],
-            "d": lambda whole=whole, a=a, d=d: whole[:a, ..., :d].transpose(1, 2),
-        }
-        weights[str(i)] = parts[kind]()
-
-    kept = draw_mask(weights, ratio)
-
-    assert kept == reference_mask(as_lists(weights), ratio, "global", 1)
+        draw({"empty": torch.empty(0)}, 0.5)
 
 
 def test_numbers_near_nothing_rank_in_every_mode_of_the_processor():
@@ -283,7 +227,7 @@ def test_numbers_near_nothing_rank_in_every_mode_of_the_processor():
 
     flushes = torch.set_flush_denormal(True)
     try:
-        kept = compute_mask({"w": scores}, 0.02, min_keep=0).kept
+        kept = draw({"w": scores}, 0.02, min_keep=0)[0]
     finally:
         torch.set_flush_denormal(False)
 
@@ -292,53 +236,18 @@ def test_numbers_near_nothing_rank_in_every_mode_of_the_processor():
     assert kept[order[4000:]].all()
 
 
-@pytest.mark.parametrize("bracket", [(0, 5), (1 << 30, (1 << 30) + 5), (5, 1 << 30)])
-def test_a_bracket_that_misses_costs_time_only(monkeypatch, bracket):
-    """Below the threshold, above it, and around far too many entries: the mask is the same."""
-    scores = torch.randn(300_000)
-    order = scores.abs().sort(stable=True).indices
-    monkeypatch.setattr(masks_module, "_bracket", lambda *_: bracket)
-
-    for count in (3000, 150_000, 297_000):
-        kept = compute_mask({"w": scores}, count / 300_000, min_keep=0).kept
-        assert not kept[order[:count]].any()
-        assert kept[order[count:]].all()
-
-
 def test_numbers_that_round_to_infinity_are_finite():
     """The largest single precision number is no infinity, though bfloat16 takes it for one."""
     scores = torch.randn(100_000)
     scores[7] = torch.finfo(torch.float32).max
 
-    assert compute_mask({"w": scores}, 0.5).kept[7]
+    assert draw({"w": scores}, 0.5)[0][7]
     scores[8] = -math.inf
     equal = torch.full((100_000,), 0.5)  # so many that no bracket holds few
     equal[9] = math.nan
     for ratio, bad in itertools.product((0.0, 0.5), (scores, equal)):
         with pytest.raises(ValueError, match="'w': it has NaN or infinite"):
-            compute_mask({"w": bad}, ratio)
-
-
-@pytest.mark.parametrize("width", [640, 768, 896, 1024, 1152, 1280, 2048])
-@pytest.mark.parametrize("rows", [2000, 30_000])
-def test_a_sample_sees_all_columns(monkeypatch, width, rows):
-    """Columns differ in scale: were some left out, the threshold would be looked for elsewhere."""
-    weights = torch.arange(1.0, width + 1).repeat(rows, 1)
-    strides, seen = [], []
-    usual = masks_module._Group.chunks
-
-    def chunks(group, stride=1):
-        strides.append(stride)
-        for start, keys in usual(group, stride):
-            seen.extend(keys.unique().tolist() if stride > 1 else [])
-            yield start, keys
-
-    monkeypatch.setattr(masks_module._Group, "chunks", chunks)
-
-    compute_mask({"w": weights}, 0.5)
-
-    assert strides[0] > 4
-    assert len(set(seen)) == width
+            draw({"w": bad}, ratio)
 
 
 @pytest.mark.parametrize("kind", ["half equal", "all equal", "denormal", "bf16", "fp16", "columns"])
@@ -358,7 +267,7 @@ def test_large_masks_of_awkward_scores_equal_a_sort(kind):
         scores = scores.view(1000, 400)[:, 100:300].mT
 
     for ratio in (0.01, 0.5, 0.9):
-        kept = compute_mask({"w": scores}, ratio, min_keep=0).kept
+        kept = draw({"w": scores}, ratio, min_keep=0)[0]
         order = torch.sort(scores.abs().flatten(), stable=True).indices
         expected = torch.ones(scores.numel(), dtype=torch.bool)
         expected[order[: round(ratio * scores.numel())]] = False
@@ -370,7 +279,7 @@ def test_large_masks_equal_a_sort(n):
     """At sizes of real networks the mask is still the one that a stable sort gives."""
     scores = torch.randn(n).abs().round(decimals=3)
 
-    kept = compute_mask({"w": scores}, 0.5).kept
+    kept = draw({"w": scores}, 0.5)[0]
 
     order = torch.sort(scores, stable=True).indices
     expected = torch.ones(n, dtype=torch.bool)
@@ -390,88 +299,28 @@ def test_masks_are_the_same_on_every_device(dtype, kind, scope):
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     on_gpu = {name: tensor.cuda() for name, tensor in weights.items()}
 
-    masks = [compute_mask(w, 0.5, scope=scope) for w in (weights, on_gpu)]
+    masks = [draw(w, 0.5, scope=scope) for w in (weights, on_gpu)]
 
-    assert torch.equal(masks[0].kept, masks[1].kept.cpu())
-    assert masks[0].n_tied == masks[1].n_tied
-
-
-class FakeShard:
-    """Every so-and-so-many-th entry of a tensor, as one of several ranks in this process has it.
-
-    A count is added up by running the same code for every rank and exchanging what they ask.
-    """
-
-    def __init__(self, rank, n_ranks, numel, exchange):
-        self.rank, self.n_ranks, self.numel, self.exchange = rank, n_ranks, numel, exchange
-        self.group = "ranks"
-
-    def global_indices(self, local_indices):
-        """Where they are among all."""
-        return local_indices * self.n_ranks + self.rank
-
-    def all_reduce(self, counts):
-        """The sum over ranks."""
-        return self.exchange(self.rank, counts)
+    assert torch.equal(masks[0][0], masks[1][0])
+    assert masks[0][1] == masks[1][1]
 
 
-def on_ranks(n_ranks, work):
-    """What `work(rank, exchange)` returns on each rank, in threads that meet at each exchange."""
-    barrier = threading.Barrier(n_ranks)
-    asked = [None] * n_ranks
+def test_scores_are_read_one_at_a_time():
+    """Nothing but the representative that is looked at is held, since it may have been gathered."""
+    held = []
 
-    def exchange(rank, counts):
-        asked[rank] = counts.clone()
-        barrier.wait()
-        total = torch.stack(asked).sum(0)
-        barrier.wait()
-        return total
+    def read(tensor):
+        held.append(weakref.ref(copy := tensor.clone()))
+        assert sum(each() is not None for each in held) <= 2  # the last, until the next is bound
+        return copy
 
-    with ThreadPoolExecutor(n_ranks) as pool:
-        return list(pool.map(lambda rank: work(rank, exchange), range(n_ranks)))
-
-
-@settings(max_examples=40)
-@given(layers(), prune_ratios, scopes, min_keeps, st.integers(2, 4), st.data())
-@example({"a": torch.ones(7), "b": torch.ones(3)}, 0.6, "global", 1, 3, None)
-def test_masks_of_ranks_are_those_of_one_process(weights, ratio, scope, min_keep, n, data):
-    """However entries are dealt out, and with tensors beside them that every rank has whole."""
-    whole = compute_mask(weights, ratio, scope=scope, min_keep=min_keep)
-    split = {name for name in weights if data is None or data.draw(st.booleans(), label=name)}
-
-    def work(rank, exchange):
-        entries, shards = {}, []
-        for name, tensor in weights.items():
-            flat = tensor.reshape(-1)
-            entries[name] = flat[rank::n] if name in split else flat
-            shard = FakeShard(rank, n, len(flat), exchange) if name in split else None
-            shards.append(shard)
-        return compute_mask(entries, ratio, scope=scope, min_keep=min_keep, shards=shards)
-
-    masks = on_ranks(n, work)
-
-    assert {mask.n_tied for mask in masks} == {whole.n_tied}
-    for rank, mask in enumerate(masks):
-        expected = [
-            part[rank::n] if name in split else part
-            for (name, tensor), part in zip(
-                weights.items(),
-                whole.kept.split([tensor.numel() for tensor in weights.values()]),
-                strict=True,
-            )
-        ]
-        assert torch.equal(mask.kept, torch.cat(expected))
-
-
-def test_counts_of_tensors_and_ranks_are_added_up():
-    """Each group of tensors is added up over its own ranks."""
-    counts = torch.tensor([[1, 2, 4], [8, 16, 32]])
-
-    def work(rank, exchange):
-        shards = [None, *[FakeShard(rank, 2, 9, exchange)] * 2]
-        return sum_over_ranks(counts, shards).tolist()
-
-    assert on_ranks(2, work) == [[1 + 2 * 6, 8 + 2 * 48]] * 2
+    weights = {str(i): torch.randn(1 << 16) for i in range(5)}
+    scores = [
+        Scores(name, tensor.numel(), tensor.dtype, lambda tensor=tensor: read(tensor))
+        for name, tensor in weights.items()
+    ]
+    compute_mask(scores, 0.5)
+    assert len(held) > 5
 
 
 @st.composite
@@ -503,16 +352,17 @@ def test_units_are_blocks_of_entries(case, seed):
     for index in itertools.product(*map(range, shape)):
         members[unit_of(index, shape, units)].append(index)
 
-    scores = unit_magnitudes([(entries, units)])
+    part = Part("weight", units=units)
+    scores = unit_magnitudes([part.blocks(entries)])
     mask = torch.rand(n_units, generator=generator) < 0.5
     spread = torch.empty(shape, dtype=torch.bool)
-    Part("weight", units=units).write_(mask, spread)
+    part.write_(mask, spread)
 
     for unit, indices in enumerate(members):
         mean = sum(abs(float(entries[index])) for index in indices) / len(indices)
         assert math.isclose(float(scores[unit]), mean, rel_tol=1e-12)
         assert all(bool(spread[index]) == bool(mask[unit]) for index in indices)
-    both = unit_magnitudes([(entries, units), (2 * entries, units)])
+    both = unit_magnitudes([part.blocks(entries), part.blocks(2 * entries)])
     torch.testing.assert_close(both, scores * 1.5)
 
 
@@ -523,7 +373,7 @@ def test_units_are_summed_in_single_precision_at_least(dtype):
     """In half precision a long sum would stop growing."""
     entries = torch.ones(2, 4096).to(dtype)
 
-    scores = unit_magnitudes([(entries, (2,))])
+    scores = unit_magnitudes([Part("w", units=(2,)).blocks(entries)])
 
     assert scores.dtype == torch.float32
     assert scores.equal(torch.ones(2))

@@ -383,12 +383,15 @@ def test_units_are_the_rows_that_belong_together(n_groups, per_group, width, by_
     removed = {row for i in order[: round(0.5 * len(units))] for row in units[i]}
 
     for name, mask in masks.items():
+        weight = name.replace("bias", "weight")  # a bias goes with its row
         for row in range(len(mask)):
-            assert (~mask[row]).all() if (name, row) in removed else mask[row].all()
-    assert masks.keys() == {f"{n}_proj.weight" for n in ("qkv" if value else "qk")}
+            assert (~mask[row]).all() if (weight, row) in removed else mask[row].all()
+    with_bias = "qkv" if value and by_head else "qk"
+    names = {f"{n}_proj.weight" for n in ("qkv" if value else "qk")}
+    assert masks.keys() == names | {f"{n}_proj.bias" for n in with_bias}
 
 
-def test_biases_follow_their_rows_and_are_not_in_the_mask():
+def test_biases_follow_their_rows():
     """Pruning a head takes its query and key biases too, and leaves those of values alone."""
     model = nn.MultiheadAttention(4, 2)
     with torch.no_grad():
@@ -409,7 +412,7 @@ def test_biases_follow_their_rows_and_are_not_in_the_mask():
     opt.sample()
     opt.prune()
 
-    assert opt.final_mask.keys() == {"in_proj_weight"}
+    assert opt.final_mask.keys() == {"in_proj_weight", "in_proj_bias"}
     head = torch.tensor([[1.0, 0.0]] * 2 + [[1.0, 1.0]]) * 2
     assert model.in_proj_bias.view(3, 2, 2).equal(head[..., None].expand(3, 2, 2))
     assert model.in_proj_weight.view(3, 2, 2, 4).equal(head[..., None, None].expand(3, 2, 2, 4))

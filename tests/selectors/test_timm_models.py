@@ -104,7 +104,7 @@ def test_a_real_network_is_searched_pruned_and_trained_on(name, options, digits)
     n = sum(mask.numel() for mask in opt.final_mask.values())
     assert phases[4:6] == [Phase.SEARCHING, Phase.CONVERGED]
     assert sum(int((~mask).sum()) for mask in opt.final_mask.values()) == round(0.5 * n)
-    assert len(opt.final_mask) == len(BatchNormSelector()(model))
+    assert len(opt.final_mask) == 2 * len(BatchNormSelector()(model))  # scales and shifts
     for scale, mask in opt.final_mask.items():
         assert model.get_parameter(scale)[~mask].count_nonzero() == 0
     assert torch.isfinite(loss)

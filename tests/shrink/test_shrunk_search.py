@@ -93,17 +93,16 @@ def test_training_a_shrunk_network_is_training_the_pruned_one(which, base, scatt
 def test_what_stays_zero_is_held_and_masks_keep_their_shapes(which, scatter):
     """The ticket is that of the dense network; zeros that could not go stay zero."""
     model, opt = pruned(which)
-    final_mask, ticket = opt.final_mask, opt.ticket
-    assert set(ticket) > set(final_mask)
-    shapes = {name: mask.shape for name, mask in ticket.items()}
+    final_mask = opt.final_mask
+    shapes = {name: mask.shape for name, mask in final_mask.items()}
 
     report = opt.shrink(batch_of(which, 0, 1), scatter=scatter)
     train(which, model, opt, range(8, 12))
 
     assert same(list(final_mask.values()), list(opt.final_mask.values()))
-    assert {name: mask.shape for name, mask in opt.ticket.items()} == shapes
+    assert {name: mask.shape for name, mask in opt.final_mask.items()} == shapes
     n_zero = 0
-    for name, mask in opt.ticket.items():
+    for name, mask in opt.final_mask.items():
         kept = report.kept.get(name)
         left = mask if kept is None else cut_tensor(mask, kept)
         parameter = model.get_parameter(name)
@@ -138,7 +137,7 @@ def test_a_shrunk_run_resumes_bit_for_bit(which, scatter):
     assert same(weights_of(model), weights_of(fresh))
     assert fresh_opt.phase is Phase.PRUNED
     assert fresh_opt.history == opt.history
-    assert same(list(opt.ticket.values()), list(fresh_opt.ticket.values()))
+    assert same(list(opt.final_mask.values()), list(fresh_opt.final_mask.values()))
     assert str(fresh_opt.state_dict()) == str(opt.state_dict())
     dense = build(which)[1].state_dict()
     with pytest.raises(ValueError, match="or its network was shrunk"):
@@ -178,18 +177,15 @@ def test_shrinking_twice_is_shrinking_once_as_far():
     assert same(weights_of(model), weights_of(twin))
 
 
-@pytest.mark.parametrize("phase", [Phase.SEARCHING, Phase.CONVERGED, Phase.FADING])
+@pytest.mark.parametrize("phase", [Phase.SEARCHING, Phase.CONVERGED])
 def test_what_is_not_pruned_is_not_shrunk(phase):
-    """The error says what to do first, and while fading, when."""
+    """The error says what to do first."""
     model, opt = build("small")
     train("small", model, opt, range(0 if phase is Phase.SEARCHING else 6))
-    if phase is Phase.FADING:
-        opt.prune(over=5)
-        train("small", model, opt, range(6, 8))
     assert opt.phase is phase
     before = weights_of(model)
 
-    with pytest.raises(RuntimeError, match="3 more steps" if phase is Phase.FADING else "prune"):
+    with pytest.raises(RuntimeError, match="prune"):
         opt.shrink(batch_of("small", 0, 1))
 
     assert same(before, weights_of(model))
@@ -256,13 +252,12 @@ def test_a_damaged_record_is_refused_whole():
     model, opt = pruned("small")
     opt.shrink(batch_of("small", 0, 1))
     saved = opt.state_dict()
-    record = saved["param_groups"][0]["worm"]
-    record["ticket"] = record["ticket"][:1000]
+    saved["param_groups"][0]["worm"] = saved["param_groups"][0]["worm"][:1000]
 
     fresh, _ = build("small")
     load_shrunk_(fresh, model.state_dict())
     fresh_opt = WormOptimizer(BASES["SGD momentum"](fresh.parameters()), fresh)
-    with pytest.raises(ValueError, match=r"ticket cannot be read .* load an earlier"):
+    with pytest.raises(ValueError, match=r"cannot be read .* load an earlier"):
         fresh_opt.load_state_dict(saved)
 
     assert fresh_opt.phase is Phase.SEARCHING

@@ -10,7 +10,7 @@ import pytest
 import torch
 import training
 from torch import nn
-from training import SCALES, same, ticket_of, weights_of
+from training import SCALES, same, weights_of
 
 from torch_worm_optim import Phase
 
@@ -75,7 +75,7 @@ def assert_same_run(net, opt, other_net, other):
 
 def assert_pruned(weights, opt, prefix=""):
     """What the ticket removes is zero in a state dict, shifts too; the scales that stay are not."""
-    ticket = ticket_of(opt)
+    ticket = opt.final_mask
     assert any(name.endswith("bias") for name in ticket)
     assert all((weights[prefix + name][~mask] == 0).all() for name, mask in ticket.items())
     assert all(weights[prefix + n][ticket[n]].all() for n in ticket if n.endswith(SCALES))

@@ -21,7 +21,7 @@ from loops import (
     wrapped,
 )
 from torch import nn
-from training import BASES, same, small_cnn, ticket_of, weights_of
+from training import BASES, same, small_cnn, weights_of
 
 from torch_worm_optim import Phase, WormOptimizer, apply_ticket_, load_shrunk_
 
@@ -431,7 +431,7 @@ def test_checkpoint_of_before_the_ticket_is_pruned(tmp_path, pruned_only):
     copy.load_state_dict(saved["state_dict"])
     if not pruned_only:
         assert all(copy.net[i].weight.all() for i in (1, 4))
-        apply_ticket_(copy, ticket_of(module.worm))
+        apply_ticket_(copy, module.worm.final_mask)
     assert_pruned(copy.state_dict(), module.worm)
 
 

@@ -63,9 +63,9 @@ def test_tensorboard_is_told_of_every_epoch(tmp_path, monkeypatch):
         assert steps == tuple(range(4, len(phases) + 1))
         assert values == pytest.approx([getattr(each, which) for each in samples])
 
-    ticket = optimizer.final_mask
-    assert told.keys() == {f"worm/kept/{name}" for name in ticket}
-    for name, mask in ticket.items():
-        curve = told[f"worm/kept/{name}"]
+    counts = optimizer.kept_counts()
+    assert told.keys() == {f"worm/kept/{each.name}" for each in counts}
+    for each in counts:
+        curve = told[f"worm/kept/{each.name}"]
         assert [step for step, _ in curve] == list(range(1, len(phases) + 1))
-        assert curve[-1][1] == pytest.approx(mask.float().mean().item())
+        assert curve[-1][1] == pytest.approx(each.kept / each.numel)

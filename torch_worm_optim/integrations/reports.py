@@ -84,7 +84,7 @@ class Reporter:
         if self._copies_are_pruned or self.optimizer.phase is not Phase.PRUNED:
             return
         for each in self.copies:
-            apply_ticket_(each, _whole_ticket(self.optimizer))
+            apply_ticket_(each, self.optimizer.final_mask or {})
         self._copies_are_pruned = True
 
     def _shrink(self, inputs: Any) -> dict[str, float]:
@@ -133,11 +133,6 @@ def one_example(batch: Any) -> Any:
         )
     first = dict(first) if isinstance(first, Mapping) else first
     return tree_map_only(Tensor, lambda each: each[:1].clone() if each.dim() else each, first)
-
-
-def _whole_ticket(optimizer: WormOptimizer) -> Mapping[str, Tensor]:
-    """The ticket with its followers. To be replaced by `final_mask` once that has them."""
-    return getattr(optimizer, "ticket", optimizer.final_mask) or {}
 
 
 def _n_processes() -> int:

@@ -1,11 +1,19 @@
-"""When the ticket is found: the phases of a search and the rule that leads from one to the next."""
+"""When the ticket is found: the phases of a search, and the rule that leads through them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
+
+from torch_worm_optim._checks import (
+    check_choice,
+    check_count,
+    check_count_or_share,
+    check_share,
+)
+from torch_worm_optim.search.mask import SCOPES
 
 
 class Phase(Enum):
@@ -17,15 +25,13 @@ class Phase(Enum):
     TRUNCATING = "truncating"
     #: The ticket is frozen; sampling and truncation have stopped.
     CONVERGED = "converged"
-    #: Removed entries go to zero, a step at a time, and the base optimizer moves them no more.
-    FADING = "fading"
     #: The ticket is applied: removed entries are held at zero.
     PRUNED = "pruned"
 
     @property
     def converged(self) -> bool:
         """Whether the ticket is found."""
-        return self in (Phase.CONVERGED, Phase.FADING, Phase.PRUNED)
+        return self in (Phase.CONVERGED, Phase.PRUNED)
 
 
 class MaskSample(NamedTuple):
@@ -38,7 +44,7 @@ class MaskSample(NamedTuple):
         max_distance: The largest of them, which is compared with the stopping point; None
             until then.
         mean_distance: Their mean, which is compared with the trigger point; None until then.
-        phase: The phase after this mask.
+        phase: The phase after this mask; ``PRUNED`` if ``prune(force=True)`` took it as the ticket.
     """
 
     step: int
@@ -49,55 +55,66 @@ class MaskSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StoppingRule:
-    r"""Lines 7 to 12 of Algorithm 1 in the WORM paper [1]: when to truncate and when to stop.
+class SearchSettings:
+    """The arguments of a search, checked; ``WormOptimizer`` documents them."""
 
-    .. math::
-
-        \text{converged if } \max_j d_j < s, \qquad
-        \text{else truncating if } \tfrac{1}{l-1} \sum_j d_j < s + \delta
-
-    Both comparisons are strict, nothing is decided before the window is full, and no phase is left
-    for an earlier one.
-
-    Args:
-        stopping_point: *s*, in [0, 1]; 0 never stops.
-        margin: *δ*, in [0, 1]; the trigger point is ``stopping_point + margin``.
-        window: *l*, how many masks are compared, the newest counted; at least 2.
-        trigger: ``"distance"`` truncates from the trigger point on (WORM); ``"always"`` from the
-            first mask on (section 4.1 of the paper).
-
-    Example:
-        >>> rule = StoppingRule(stopping_point=0.1, margin=0.05, window=3)
-        >>> rule.next_phase(Phase.SEARCHING, (0.2, 0.05))
-        <Phase.TRUNCATING: 'truncating'>
-        >>> rule.next_phase(Phase.TRUNCATING, (0.09, 0.05))
-        <Phase.CONVERGED: 'converged'>
-
-    References:
-        [1] Vasudev, "The EarlyBird Gets the WORM", PMLR 262, 2024,
-        https://arxiv.org/abs/2406.11872.
-    """
-
+    prune_ratio: float = 0.5
     stopping_point: float = 0.1
     margin: float = 0.05
     window: int = 5
+    truncation: float = 3e-3
+    sample_every: int | Callable[[int], bool] | None = 200
+    scope: str = "global"
+    min_keep: int | float = 1
+    truncate: str = "gradient"
     trigger: str = "distance"
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        every = self.sample_every
+        checked = {
+            "prune_ratio": check_share("prune_ratio", self.prune_ratio, below_one=True),
+            "stopping_point": check_share("stopping_point", self.stopping_point),
+            "margin": check_share("margin", self.margin),
+            "window": check_count("window", self.window, least=2),
+            "truncation": check_share("truncation", self.truncation),
+            "sample_every": every
+            if every is None or callable(every)
+            else check_count("sample_every", every, least=1),
+            "scope": check_choice("scope", self.scope, SCOPES),
+            "min_keep": check_count_or_share("min_keep", self.min_keep),
+            "truncate": check_choice("truncate", self.truncate, ("gradient", "update")),
+            "trigger": check_choice("trigger", self.trigger, ("distance", "always")),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def trigger_point(self) -> float:
         """The mean distance under which truncation starts."""
         return self.stopping_point + self.margin
 
+    def is_due(self, step: int) -> bool:
+        """Whether a mask is to be drawn after this many steps."""
+        if self.sample_every is None:
+            return False
+        if callable(self.sample_every):
+            return bool(self.sample_every(step))
+        return step % self.sample_every == 0
+
     def next_phase(self, phase: Phase, distances: Sequence[float]) -> Phase:
-        """The phase after a mask at these distances.
+        r"""The phase after a mask at these distances: lines 7 to 12 of the paper's Algorithm 1.
 
-        Args:
-            phase: The phase before it.
-            distances: The window's distances in [0, 1]; empty while the window is not full.
+        .. math::
 
-        Returns:
-            The phase that holds from here on.
+            \text{converged if } \max_j d_j < s, \qquad
+            \text{else truncating if } \tfrac{1}{l-1} \sum_j d_j < s + \delta
+
+        Nothing is decided before the window is full, and no phase is left for an earlier one.
+
+        Example:
+            >>> SearchSettings(window=3).next_phase(Phase.SEARCHING, (0.2, 0.05))
+            <Phase.TRUNCATING: 'truncating'>
         """
         if phase.converged:
             return phase
@@ -107,31 +124,12 @@ class StoppingRule:
             return Phase.TRUNCATING
         return Phase.TRUNCATING if self.trigger == "always" else phase
 
-
-def decide(
-    distances: tuple[float, ...], *, step: int, history: Sequence[MaskSample], rule: StoppingRule
-) -> MaskSample:
-    """The sample of a mask at these distances, with the phase that follows.
-
-    Args:
-        distances: From the newest mask to each older one, oldest first; empty while the window is
-            not full.
-        step: Optimizer steps taken so far.
-        history: The samples before this one, oldest first.
-        rule: When to truncate and when to stop.
-
-    Returns:
-        The new sample.
-
-    Example:
-        >>> sample = decide((0.2, 0.05), step=600, history=[], rule=StoppingRule(window=3))
-        >>> sample.max_distance, sample.phase
-        (0.2, <Phase.TRUNCATING: 'truncating'>)
-    """
-    return MaskSample(
-        step=step,
-        distances=distances,
-        max_distance=max(distances) if distances else None,
-        mean_distance=sum(distances) / len(distances) if distances else None,
-        phase=rule.next_phase(history[-1].phase if history else Phase.SEARCHING, distances),
-    )
+    def decide(self, step: int, phase: Phase, distances: tuple[float, ...]) -> MaskSample:
+        """The sample of a mask at these distances, with the phase that follows."""
+        return MaskSample(
+            step=step,
+            distances=distances,
+            max_distance=max(distances) if distances else None,
+            mean_distance=sum(distances) / len(distances) if distances else None,
+            phase=self.next_phase(phase, distances),
+        )

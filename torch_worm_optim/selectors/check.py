@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torch_worm_optim.distributed import check_gatherable
 from torch_worm_optim.selectors.attention import QueryKeySelector
 from torch_worm_optim.selectors.batchnorm import BatchNormSelector
 from torch_worm_optim.selectors.representative import (
@@ -205,22 +206,4 @@ def _check_rankable(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"{name!r} is of {parameter.dtype}: only floating and complex parameters can be ranked."
         )
-    check_visible(name, parameter)
-
-
-def check_visible(name: str, parameter: Tensor) -> None:
-    """Raise for a parameter whose entries another engine keeps elsewhere.
-
-    Args:
-        name: The parameter's name, for the message.
-        parameter: The parameter.
-
-    Raises:
-        RuntimeError: If it belongs to FSDP1 or ZeRO-3.
-    """
-    # What those have that other parameters do not.
-    if any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "ds_id")):
-        raise RuntimeError(
-            f"{name!r} is sharded by FSDP1 or DeepSpeed ZeRO-3, which hide where its entries are. "
-            "Shard with fully_shard (FSDP2), or train with DDP."
-        )
+    check_gatherable(name, parameter)

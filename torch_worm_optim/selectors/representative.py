@@ -37,29 +37,23 @@ def log_left_out(selector: object, left_out: Mapping[str, str], why: str) -> Non
 class Part:
     """Some entries of one parameter, ``parameter.view(view)[index]``, and the units they make up.
 
-    A mask says which units stay (``True``) and which go, whole: single entries, or blocks of them,
-    such as the filters of a convolution or the heads of an attention layer.
+    A mask keeps or removes whole units: single entries, or blocks of them, such as the filters of a
+    convolution or the heads of an attention layer.
 
     Args:
         name: The parameter's name as in ``model.named_parameters()``.
-        view: Shape that the parameter is viewed in before ``index`` is taken; it may only split
-            dimensions, so that the result is a view of any memory layout. ``()`` leaves the shape
-            alone.
-        index: One slice for each leading dimension of the view. ``()`` is all.
+        view: Shape that the parameter is viewed in first; it may only split dimensions.
+        index: One slice for each leading dimension of the view.
         units: How many units the entries hold along each leading dimension, each a divisor of that
-            dimension; dimensions left out have one. ``()`` makes every entry a unit of its own.
+            dimension. ``()`` makes every entry a unit of its own.
 
     Example:
-        The query and key rows of a fused projection of width 64, and the same for a layout that
-        interleaves query, key and value per head (4 heads of 16):
+        The query and key rows of a fused projection that holds 4 heads of width 16 one by one:
 
         >>> import torch
-        >>> weight = torch.zeros(192, 64)
-        >>> Part("blocks.0.attn.qkv.weight", index=(slice(0, 128),)).entries(weight).shape
-        torch.Size([128, 64])
         >>> both = (slice(None), slice(0, 2))
         >>> heads = Part("qkv.weight", view=(4, 3, 16, 64), index=both, units=(4,))
-        >>> heads.entries(weight).shape, heads.n_units(weight)
+        >>> heads.entries(torch.zeros(192, 64)).shape, heads.n_units(torch.zeros(192, 64))
         (torch.Size([4, 2, 16, 64]), 4)
     """
 
@@ -69,35 +63,24 @@ class Part:
     units: tuple[int, ...] = ()
 
     def entries(self, tensor: Tensor) -> Tensor:
-        """These entries of ``tensor``, as a view that shares its memory.
-
-        Args:
-            tensor: The parameter, or its gradient, or a mask of its shape; any dtype and strides.
-
-        Returns:
-            A view of ``tensor``.
-        """
+        """These entries of the parameter, or of a tensor of its shape, as a view."""
         if self.view:
             tensor = tensor.view(self.view)
         return tensor[self.index] if self.index else tensor
 
     def n_units(self, tensor: Tensor) -> int:
-        """How many units there are: those of ``units``, or else every entry.
-
-        Args:
-            tensor: The parameter, or a tensor of its shape.
-
-        Returns:
-            The number of entries in a mask.
-        """
+        """How many units there are, given the parameter or a tensor of its shape."""
         return math.prod(self.units) if self.units else self.entries(tensor).numel()
 
-    def write_(self, mask: Tensor, whole: Tensor) -> None:
-        """Write what a mask says of each unit to all entries of the unit, in place.
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """These entries with each dimension as two, (units, entries in a unit), as a view."""
+        entries = self.entries(tensor)
+        counts = [*self.units, *(1,) * (entries.ndim - len(self.units))]
+        pairs = zip(counts if self.units else entries.shape, entries.shape, strict=True)
+        return entries.view([m for n, size in pairs for m in (n, size // max(1, n))])
 
-        Args:
-            mask: Flat tensor of ``n_units`` values, on any device.
-            whole: A tensor of the parameter's shape. Entries that are not this part's stay.
+    def write_(self, mask: Tensor, whole: Tensor) -> None:
+        """Write a flat mask of the units to all of their entries in ``whole``, in place.
 
         Example:
             >>> import torch
@@ -107,12 +90,8 @@ class Part:
             tensor([[ True,  True, False, False],
                     [ True,  True, False, False]])
         """
-        entries = self.entries(whole)
-        missing = entries.ndim - len(self.units)
-        counts = (*self.units, *(1,) * missing) if self.units else tuple(entries.shape)
-        # Each dimension as (units, entries in a unit).
-        blocks = [m for n, size in zip(counts, entries.shape, strict=True) for m in (n, size // n)]
-        entries.view(blocks).copy_(mask.reshape([m for n in counts for m in (n, 1)]))
+        blocks = self.blocks(whole)
+        blocks.copy_(mask.reshape([n if d % 2 == 0 else 1 for d, n in enumerate(blocks.shape)]))
 
     def __repr__(self) -> str:
         """What was given, and nothing of what was not."""
@@ -132,33 +111,26 @@ class Representative:
     what they have in all ``parts``.
 
     Args:
-        parts: What is ranked: a parameter's name, which is all of its entries; a :class:`Part`; or
-            several that make up the same units, as the query rows and the key rows of a head do.
-            Each has the same number of units.
-        followers: What lives and dies with the same units and has no say in the ranking: truncation
-            and pruning reach it too. A name stands for the first part's ``view``, ``index`` and
-            ``units`` in another parameter, as a BatchNorm shift follows its scale; a
-            :class:`Part` says itself where its units lie.
-        selector_index: Which of the selectors of a union ``a | b`` found it, counted from 0;
-            ``scope="selector"`` ranks what each found by itself. Only ``|`` sets it.
+        parts: What is ranked: a parameter's name, which stands for all of its entries; a
+            :class:`Part`; or several that make up the same units, such as the query rows and the
+            key rows of heads.
+        followers: Parts that live and die with the units and have no say in the ranking. A name
+            stands for the first part's entries in another parameter, such as the shifts of
+            BatchNorm scales.
+        selector_index: Which selector of a union ``a | b`` found it, for ``scope="selector"``; only
+            ``|`` sets it.
 
     Raises:
         TypeError: When a part is neither a name nor a :class:`Part`.
         ValueError: When there are no parts.
 
     Example:
-        A BatchNorm scale and its shift; the 8 filters of a convolution, whose biases go with them:
+        A BatchNorm scale and its shift, and the 8 filters of a convolution with their biases:
 
         >>> Representative("1.weight", followers=("1.bias",))
         Representative('1.weight', followers=('1.bias',))
-        >>> filters = Representative(Part("0.weight", units=(8,)), followers=("0.bias",))
-        >>> filters.members
+        >>> Representative(Part("0.weight", units=(8,)), followers=("0.bias",)).members
         (Part('0.weight', units=(8,)), Part('0.bias', units=(8,)))
-
-        The 4 heads of two projections:
-
-        >>> Representative((Part("q.weight", units=(4,)), Part("k.weight", units=(4,)))).name
-        'q.weight'
     """
 
     parts: tuple[Part, ...]
@@ -192,14 +164,7 @@ class Representative:
         return (*self.parts, *self.followers)
 
     def n_units(self, tensor: Tensor) -> int:
-        """How many units are ranked.
-
-        Args:
-            tensor: The first part's parameter, or a tensor of its shape.
-
-        Returns:
-            The number of scores that this representative has.
-        """
+        """How many units are ranked, given the first part's parameter or a tensor of its shape."""
         return self.parts[0].n_units(tensor)
 
     def __repr__(self) -> str:

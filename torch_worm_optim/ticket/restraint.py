@@ -1,27 +1,21 @@
-r"""What a step does to entries that a mask removes: truncate, fade, or hold them at zero.
-
-Four strategies, each a class whose ``step`` takes the base optimizer's step and does something
-before or after it: :class:`ScaledGradients` scales what the base optimizer sees, which is the
-paper's formula, :class:`ScaledUpdates` scales what the base optimizer does, :class:`Faded` undoes
-it, for a fade to zero, and :class:`HeldAtZero` sets back to zero what the base optimizer moved.
-
-What a strategy keeps between steps is derived from the newest mask and is made anew after
-``clear()``, and when a parameter has another shape, dtype or device than before.
-"""
+"""What a step does to the entries that a mask removes: truncate them, or hold them at zero."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_worm_optim._binding import Binding
+from torch_worm_optim._checks import warn_once, warn_user
+from torch_worm_optim.distributed import is_dtensor, local_data_ptr, local_tensor
+from torch_worm_optim.ticket.ticket import Ticket
+
 Closure = Callable[[], Any]
-BaseStep = Callable[["Closure | None"], Any]
 
 # Optimizers that normalise a gradient by its own history, sign or spectrum, by what their class
 # names have in common, since most of them live in other packages.
@@ -29,313 +23,191 @@ _NORMALISING = re.compile(
     r"Ada|Adopt|RMSprop|Rprop|LaProp|^Sign|Lamb(?!da)|LAMB|Lion|Prodigy|Sophia|Shampoo|SOAP|Muon|Kron"
     r"|NovoGrad|MADGRAD|^Mars|CAME|Yogi|AdEMAMix|Ranger|Tiger"
 )
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# For so many steps after pruning it is checked, which waits for the device, whether something has
+# written to weights that are held at zero. Lookahead, for one, does so every five or six steps.
+_STEPS_CHECKED = 20
 
 
-class Entries(NamedTuple):
-    """Those entries of one parameter that a mask applies to.
+class Restraint:
+    r"""Holds back the entries that a mask removes, in every step of the base optimizer.
 
-    Attributes:
-        weights: The entries, a view of the parameter.
-        gradient: Returns the same view of the parameter's gradient, or None where there is none.
-            Gradients may appear only during a step, in a closure.
-        mask: Returns the newest mask of these entries, **True = kept**, in their shape.
-        state: Returns the same view of all that the base optimizer keeps in the parameter's shape.
+    The base optimizer sees ``gradient`` times their gradient, ``update`` times its update is kept,
+    and the result is multiplied by ``factor``:
+
+    .. math:: w \leftarrow f\,(w + u\,\Delta w(g\,\nabla))
+
+    Truncated gradients, the paper's formula, are (r, 1, 1); truncated updates (1, r, 1); a pruned
+    network is (0, 1, 0). A kept entry keeps its bits. Parameters are looked up once; see
+    :meth:`is_current`.
     """
 
-    weights: Tensor
-    gradient: Callable[[], Tensor | None]
-    mask: Callable[[], Tensor]
-    state: Callable[[], Sequence[Tensor]] = tuple
-
-
-class Strategy(Protocol):
-    """Something to do around each step of the base optimizer."""
-
-    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Run `base_step`, and change gradients before it or weights after it."""
-        ...
-
-    def clear(self) -> None:
-        """Forget what was derived from the newest mask: another mask takes its place."""
-        ...
-
-
-class ScaledGradients:
-    r"""Scale the gradients of removed entries by r before the base optimizer sees them.
-
-    .. math::
-
-        \nabla_t(\theta) = r\,\nabla(\theta) \text{ if } m(\theta) = 1,
-        \text{ else } \nabla(\theta)
-
-    Section 4 of the WORM paper [1], where m = 1 marks what will be *pruned*; masks in this package
-    mark what is kept. The gradient of a kept entry keeps its bits. Between masks nothing is
-    allocated and the device is not waited for.
-
-    Args:
-        truncation: *r*, in [0, 1].
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> weight.grad = torch.tensor([2.0, 2.0])
-        >>> removed = lambda: torch.tensor([True, False])
-        >>> entries = [Entries(weight.detach(), lambda: weight.grad, removed)]
-        >>> ScaledGradients(0.5).step(lambda closure: None, None, entries)
-        >>> weight.grad
-        tensor([2., 1.])
-
-    References:
-        [1] Vasudev, "The EarlyBird Gets the WORM", PMLR 262, 2024,
-        https://arxiv.org/abs/2406.11872.
-    """
-
-    def __init__(self, truncation: float) -> None:
-        self.truncation = truncation
-        self._multipliers: list[Tensor] = []
-
-    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Scale the gradients, in a closure each time that it has computed them, and step."""
-        if not _fit(self._multipliers, entries):
-            self._multipliers = [
-                torch.full_like(each.weights, self.truncation).masked_fill_(each.mask(), 1)
-                for each in entries
+    def __init__(
+        self,
+        binding: Binding,
+        ticket: Ticket,
+        warned: set[str],
+        *,
+        gradient: float = 1.0,
+        update: float = 1.0,
+        factor: float = 1.0,
+    ) -> None:
+        self.binding, self.warned = binding, warned
+        self.gradient, self.update, self.factor = gradient, update, factor
+        self.n_zeroed = 0  # how often this object has set removed entries to zero
+        # Tensors that are made in inference mode cannot be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            found: dict[int, tuple[Tensor, Tensor]] = {}  # a parameter may have several names
+            for name, mask in ticket.removed(binding.parameter):
+                parameter = binding.parameter(name)
+                other = found[id(parameter)][1] if id(parameter) in found else mask
+                found[id(parameter)] = (parameter, mask | other)
+            # Modules and parameters on the way, each of which may be replaced.
+            places = [place for name in ticket.masks for place in binding.path(name)]
+            unique = {(id(owner), key): (owner, key, owner[key]) for owner, key in places}
+            self._places = list(unique.values())
+            self._parameters = [parameter for parameter, _ in found.values()]
+            self._removed = [mask for _, mask in found.values()]
+            self._weights = [local_tensor(parameter) for parameter in self._parameters]
+            self._pointers = [weight.data_ptr() for weight in self._weights]
+            pairs = list(zip(self._weights, self._removed, strict=True))
+            self._factors = [
+                torch.ones_like(weight).masked_fill_(mask, gradient)
+                for weight, mask in pairs
+                if 0 < gradient < 1
             ]
-        multipliers = self._multipliers  # A closure may draw a mask, which is for later steps.
+            self._bits = [_bits(weight) for weight in self._weights]
+            # All bits of a kept entry are set. ANDs are exact for infinities and NaN, which no
+            # multiplication by 0 is, and some 40 times as fast on the host as a masked fill.
+            self._kept = [
+                torch.zeros_like(bits).masked_fill_(~_like_bits(mask, weight), -1)
+                for bits, (weight, mask) in zip(self._bits, pairs, strict=True)
+                if gradient == 0 or update < 1
+            ]
 
-        def scale() -> None:
-            scale_gradients_([each.gradient() for each in entries], multipliers)
+    def is_current(self) -> bool:
+        """Whether the parameters, and their memory, are still those of the model."""
+        return all(owner.get(key) is value for owner, key, value in self._places) and all(
+            local_data_ptr(parameter) == pointer
+            for parameter, pointer in zip(self._parameters, self._pointers, strict=True)
+        )
 
-        if closure is None:
-            scale()
-            return base_step(None)
-
-        return base_step(_followed_by(closure, scale))
-
-    def clear(self) -> None:
-        """Forget the multipliers."""
-        self._multipliers = []
-
-
-class ScaledUpdates:
-    r"""Scale what the base optimizer does to removed entries by r.
-
-    .. math:: w \leftarrow w_\mathrm{old} + r\,(w_\mathrm{new} - w_\mathrm{old})
-
-    Unlike a scaled gradient this holds under every optimizer, its momentum, second moments and
-    weight decay included. A kept entry keeps the bits that the optimizer gave it.
-
-    Args:
-        truncation: *r*, in [0, 1].
-
-    Example:
-        >>> weight = torch.tensor([1.0, 1.0])
-        >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
-        >>> ScaledUpdates(0.25).step(lambda closure: weight.add_(1), None, entries)
-        tensor([2.0000, 1.2500])
-    """
-
-    def __init__(self, truncation: float) -> None:
-        self.truncation = truncation
-        self.masks: list[Tensor] = []
-        self._before: list[Tensor] = []
-
-    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Step, and go back by 1 - r of the way."""
-        weights = [each.weights for each in entries]
-        if not _fit(self._before, entries):
-            self.masks = [each.mask().to(each.weights.device) for each in entries]
-            self._before = [torch.empty_like(each) for each in weights]
-        before, masks = self._before, self.masks  # as they are now, whatever a closure does
+    def step(self, base_step: Callable[[Closure | None], Any], closure: Closure | None) -> Any:
+        """Take a step of the base optimizer that leaves removed entries where they are to be."""
+        if 0 < self.n_zeroed <= _STEPS_CHECKED:
+            self._warn_if_alive()
+        before = [weight.clone() for weight in self._weights] if self.update < 1 else []
+        if closure is None or self.gradient == 0:  # Some optimizers use what is there before it.
+            self._scale_gradients()
+        loss = base_step(closure and self._scaled(closure))
         with torch.no_grad():
-            torch._foreach_copy_(before, weights)
-        loss = base_step(closure)
-        scale_updates_(weights, before, masks, self.truncation)
+            for weight, old, bits, kept in zip(
+                self._weights, before, self._bits, self._kept, strict=False
+            ):
+                if self.update:
+                    old.lerp_(weight, self.update)
+                bits.bitwise_and_(kept).bitwise_or_(_bits(old).bitwise_and_(~kept))
+        if self.factor == 0:
+            self.zero_()
+        if self.factor == 1 and all(parameter.grad is None for parameter in self._parameters):
+            self._warn_of_no_gradients()
         return loss
 
-    def clear(self) -> None:
-        """Forget the masks, and the memory that old weights are kept in during a step."""
-        self.masks, self._before = [], []
+    def _scaled(self, closure: Closure) -> Closure:
+        """A closure that scales the gradients each time that it has computed them."""
 
+        def scaled() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._scale_gradients()
+            return loss
 
-class Faded:
-    """Keep removed entries from the base optimizer, and take them nearer to zero after each step.
-
-    The base optimizer sees gradients of zero for them, and what its momentum and weight decay do to
-    them all the same is undone. So nothing but :meth:`apply_` moves them.
-
-    Example:
-        >>> weight = torch.tensor([1.0, 1.0])
-        >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
-        >>> faded = Faded()
-        >>> _ = faded.step(lambda closure: weight.add_(1), None, entries)
-        >>> faded.apply_(entries, 0.75)
-        >>> weight
-        tensor([2.0000, 0.7500])
-    """
-
-    def __init__(self) -> None:
-        self._gradients, self._updates = ScaledGradients(0.0), ScaledUpdates(0.0)
-
-    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Step, and leave removed entries as they are."""
-
-        def unseeing_step(closure: Closure | None) -> Any:
-            return self._gradients.step(base_step, closure, entries)
-
-        return self._updates.step(unseeing_step, closure, entries)
+        return scaled
 
     @torch.no_grad()
-    def apply_(self, entries: Sequence[Entries], share: float) -> None:
-        """Leave this share of removed entries after a step, in place."""
-        for each, mask in zip(entries, self._updates.masks, strict=True):
-            torch.where(mask, each.weights, each.weights * share, out=each.weights)
-
-    def clear(self) -> None:
-        """Forget the masks, the multipliers, and the memory for old weights."""
-        self._gradients.clear()
-        self._updates.clear()
-
-
-class HeldAtZero:
-    """Set removed entries back to zero after each step, whatever momentum and decay did to them.
-
-    The base optimizer sees gradients of zero for them. With its state set to zero as well, once, a
-    second copy of the weights that it may keep holds the ticket too.
-
-    Example:
-        >>> weight = torch.tensor([1.0, 1.0])
-        >>> entries = [Entries(weight, lambda: None, lambda: torch.tensor([True, False]))]
-        >>> HeldAtZero().step(lambda closure: weight.add_(1), None, entries)
-        tensor([2., 0.])
-    """
-
-    def __init__(self) -> None:
-        self.n_held = 0  # how often entries were set to zero since the mask was new
-        self._removed: list[Tensor] = []
-
-    def step(self, base_step: BaseStep, closure: Closure | None, entries: Sequence[Entries]) -> Any:
-        """Step without removed entries' gradients, and set the entries to zero."""
-        masks = self._masks(entries)
-
-        @torch.no_grad()
-        def clear_gradients() -> None:
-            for each, removed in zip(entries, masks, strict=True):
-                gradient = each.gradient()
-                if gradient is not None and gradient.is_sparse:
-                    gradient._values().masked_fill_(removed[tuple(gradient._indices())], 0)
-                elif gradient is not None:
-                    gradient.masked_fill_(removed, 0)
-
-        clear_gradients()  # Some optimizers use what is there before they call a closure.
-        loss = base_step(None if closure is None else _followed_by(closure, clear_gradients))
-        with torch.no_grad():
-            for each, removed in zip(entries, masks, strict=True):
-                each.weights.masked_fill_(removed, 0)
-        self.n_held += 1
-        return loss
+    def _scale_gradients(self) -> None:
+        """Scale the gradients of removed entries."""
+        if self.gradient == 1:
+            return
+        dense: list[Tensor] = []
+        factors: list[Tensor] = []
+        for index, parameter in enumerate(self._parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            values, at = gradient, None
+            if is_dtensor(gradient):
+                values = gradient.to_local()  # type: ignore[attr-defined]
+            elif gradient.is_sparse:
+                # Scaling is linear, so values that are not yet coalesced may be scaled one by one.
+                values, at = gradient._values(), tuple(gradient._indices())
+            if self.gradient == 0:
+                kept = self._kept[index]
+                _bits(values).bitwise_and_(kept if at is None else kept[at])
+            else:
+                factor = self._factors[index]
+                dense.append(values)
+                factors.append(factor if at is None else factor[at])
+        if dense:
+            torch._foreach_mul_(dense, factors)
 
     @torch.no_grad()
-    def apply_(self, entries: Sequence[Entries]) -> None:
+    def zero_(self) -> None:
+        """Set removed entries to zero, in the weights."""
+        self.n_zeroed += 1
+        for bits, kept in zip(self._bits, self._kept, strict=True):
+            bits.bitwise_and_(kept)
+
+    @torch.no_grad()
+    def apply_(self) -> None:
         """Set removed entries to zero, in the weights and in the base optimizer's state."""
-        self.n_held = 1
-        tensors = [(each.weights, *each.state()) for each in entries]
-        for group, removed in zip(tensors, self._masks(entries), strict=True):
-            for tensor in group:
-                tensor.masked_fill_(removed.to(tensor.device), 0)
+        self.zero_()
+        for parameter, mask in zip(self._parameters, self._removed, strict=True):
+            for tensor in map(local_tensor, self.binding.state_like(parameter)):
+                tensor.masked_fill_(mask.to(tensor.device), 0)  # it may have a dtype of its own
 
-    @torch.no_grad()
-    def finds_any(self, entries: Sequence[Entries]) -> bool:
-        """Whether a removed entry is not zero, which reads from the device."""
+    def _warn_if_alive(self) -> None:
+        """Warn, once, if something has written to weights that are held at zero."""
         alive = [
-            (each.weights.ne(0) & removed).any().cpu()
-            for each, removed in zip(entries, self._masks(entries), strict=True)
+            (weight.ne(0) & mask).any().cpu()
+            for weight, mask in zip(self._weights, self._removed, strict=True)
         ]
-        return bool(torch.stack(alive).any()) if alive else False
+        if alive and bool(torch.stack(alive).any()):
+            warn_once(
+                self.warned,
+                "alive",
+                "Weights that the ticket removes, zero after the last step, are not zero any more: "
+                "something writes weights after this optimizer, such as an optimizer around it, "
+                "an average that is swapped in, or a checkpoint that is loaded, and what is saved "
+                "then is not pruned. Put WormOptimizer outermost, or call "
+                "apply_ticket_(model, opt.final_mask) before saving.",
+            )
 
-    def _masks(self, entries: Sequence[Entries]) -> list[Tensor]:
-        """For each which of its entries are removed."""
-        if not _fit(self._removed, entries):
-            self._removed = [(~each.mask()).to(each.weights.device) for each in entries]
-        return self._removed
-
-    def clear(self) -> None:
-        """Forget the masks, and that anything was held."""
-        self.n_held, self._removed = 0, []
-
-
-@torch.no_grad()
-def scale_gradients_(gradients: Sequence[Tensor | None], multipliers: Sequence[Tensor]) -> None:
-    """Multiply gradients, in place.
-
-    Args:
-        gradients: Gradients, or views of some of their entries, dense or sparse; ``None`` is passed
-            over.
-        multipliers: For each gradient a dense tensor of its shape, on its device.
-
-    Example:
-        >>> gradient = torch.tensor([2.0, 2.0])
-        >>> scale_gradients_([gradient, None], [torch.tensor([1.0, 0.5]), torch.ones(3)])
-        >>> gradient
-        tensor([2., 1.])
-    """
-    dense: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
-    n_seen: Counter[int] = Counter()
-    for gradient, multiplier in zip(gradients, multipliers, strict=True):
-        if gradient is None:
-            continue
-        if gradient.is_sparse:
-            # Scaling is linear, so values that are not yet coalesced may be scaled one by one.
-            gradient._values().mul_(multiplier[tuple(gradient._indices())])
-        else:
-            # Two parts of a sharded parameter may be the same memory. One operator may handle the
-            # tensors of a list at the same time, so they go into two.
-            n_seen[gradient.data_ptr()] += 1
-            kind = gradient.device, gradient.dtype, n_seen[gradient.data_ptr()]
-            alike = dense.setdefault(kind, ([], []))
-            alike[0].append(gradient)
-            alike[1].append(multiplier)
-    for pair in dense.values():
-        torch._foreach_mul_(*pair)
+    def _warn_of_no_gradients(self) -> None:
+        """Warn, once, that nothing was truncated."""
+        warn_once(
+            self.warned,
+            "no gradients",
+            "No representative parameter has a gradient at step(), so nothing is truncated. "
+            "Either they are all frozen (pass a `selector=` that names trained parameters), "
+            "or gradients are consumed before step(), as optimizers that step in backward and "
+            "sharded engines such as DeepSpeed ZeRO do, and truncation cannot reach them.",
+        )
 
 
-@torch.no_grad()
-def scale_updates_(
-    weights: Sequence[Tensor],
-    before: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    truncation: float,
-) -> None:
-    """Undo all but a share r of what a step did to removed entries, in place.
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers; a complex entry is two, along one more dimension."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(_INTEGERS[real.element_size()])
 
-    Args:
-        weights: Parameters after the optimizer's step, or views of some of their entries.
-        before: The same entries as they were before it; overwritten.
-        masks: For each a bool mask of its shape, **True = kept**.
-        truncation: The share *r* of the way that is left, in [0, 1].
 
-    Example:
-        >>> weight, before = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
-        >>> scale_updates_([weight], [before], [torch.tensor([True, False])], 0.25)
-        >>> weight
-        tensor([2.0000, 1.2500])
-    """
-    for weight, old, mask in zip(weights, before, masks, strict=True):
-        # Of an infinite update no share is left, not even a share of 0, which would be NaN.
-        kept_back = old.lerp_(weight, truncation) if truncation else old
-        torch.where(mask, weight, kept_back, out=weight)
+def _like_bits(mask: Tensor, tensor: Tensor) -> Tensor:
+    """A mask of a tensor's entries that broadcasts over its integers."""
+    return mask.unsqueeze(-1) if tensor.is_complex() else mask
 
 
 def is_normalising(optimizer: Optimizer) -> bool:
-    """Whether an optimizer takes a constant factor in a gradient out again.
-
-    Adam and its kin divide a gradient by its own running size: scaled by a constant, the update is
-    soon what it was before.
-
-    Args:
-        optimizer: Any optimizer; it is judged by the names of its class and the classes above it.
-
-    Returns:
-        Whether ``truncate="update"`` is needed for a truncation that lasts.
+    """Whether an optimizer takes a constant factor in a gradient out again, as Adam does.
 
     Example:
         >>> parameter = torch.zeros(1, requires_grad=True)
@@ -347,25 +219,12 @@ def is_normalising(optimizer: Optimizer) -> bool:
     return any(_NORMALISING.search(kind.__name__) for kind in type(optimizer).__mro__)
 
 
-def _followed_by(closure: Closure, change: Callable[[], None]) -> Closure:
-    """A closure that changes the gradients each time that it has computed them."""
-
-    def both() -> Any:
-        with torch.enable_grad():
-            loss = closure()
-        change()
-        return loss
-
-    return both
-
-
-def _fit(tensors: Sequence[Tensor], entries: Sequence[Entries]) -> bool:
-    """Whether the cached tensors match the entries in number, shape, device and dtype."""
-    return len(tensors) == len(entries) and all(
-        tensor.shape == each.weights.shape
-        and tensor.device == each.weights.device
-        and tensor.dtype in (torch.bool, each.weights.dtype)
-        # One that was made in inference mode cannot be written to outside of it.
-        and (torch.is_inference_mode_enabled() or not tensor.is_inference())
-        for tensor, each in zip(tensors, entries, strict=True)
-    )
+def warn_if_normalising(base_optim: Optimizer) -> None:
+    """Warn that scaled gradients do nothing for long under an optimizer that normalises them."""
+    if is_normalising(base_optim):
+        warn_user(
+            f"{type(base_optim).__name__} normalises gradients, so a gradient scaled by "
+            "`truncation` is scaled back within a few thousand steps, and "
+            '`truncate="gradient"` loses its effect. Pass `truncate="update"` to scale what the '
+            "optimizer does instead of what it sees."
+        )

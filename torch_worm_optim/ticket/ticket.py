@@ -1,58 +1,112 @@
-"""A ticket that is held without a search: in a network that was shrunk, or one that was given."""
+"""A ticket: by the name of each parameter that it reaches, which of its entries are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from torch_worm_optim.distributed import canonical_name, is_dtensor, local_part_of, local_tensor
+from torch_worm_optim.distributed import (
+    as_dtensor_like,
+    canonical_name,
+    local_part_of,
+    local_tensor,
+    reshard_,
+    whole_tensor,
+)
 from torch_worm_optim.report import KeptCount, kept_counts_of
+from torch_worm_optim.search import Bits, MaskSearch, pack, unpack
+from torch_worm_optim.selectors import Part, Selector, default_selector
 from torch_worm_optim.shrink import Kept, ShrinkReport, composed, cut_tensor
-from torch_worm_optim.ticket.restraint import Entries
 
-if TYPE_CHECKING:
-    from torch_worm_optim.layout import Layout
+
+class PackedMask(NamedTuple):
+    """A bool mask of a whole parameter, one bit an entry."""
+
+    bits: Bits
+    shape: tuple[int, ...]
+
+    def unpacked(self) -> Tensor:
+        """The bool tensor."""
+        return unpack(self.bits, torch.Size(self.shape).numel()).view(self.shape)
 
 
 @dataclass
-class HeldTicket:
-    """A ticket in the shapes of the dense network, and what is left of its parameters.
-
-    It is the ticket of a network that was shrunk, or one that was given to begin with.
+class Ticket:
+    """Which entries are kept, and what is left of their parameters once the network is shrunk.
 
     Attributes:
-        final_mask: The masks of what was ranked, by parameter name, **True = kept**; whole ones,
-            also where parameters are sharded.
-        ticket: The same with the masks of followers.
-        kept: For each parameter that was cut the indices that stayed, as in
-            :class:`~torch_worm_optim.ShrinkReport`.
-        groups: For each grouped convolution's weight how many groups it has.
+        masks: The mask of each parameter that is ranked or follows, by name, in the shape of the
+            dense network, **True = kept**; whole, also where parameters are sharded.
+        counts: What is kept of each representative.
+        kept: For each parameter that was cut the indices that stayed, as in ``ShrinkReport``, by
+            canonical name.
+        groups: For each grouped convolution's weight how many groups it has, likewise.
         is_shrunk: Whether the network was shrunk.
-        identity: What the masks of the dense network depended on.
-        counts: What it keeps of each representative of the search; empty if it was given.
     """
 
-    final_mask: dict[str, Tensor]
-    ticket: dict[str, Tensor]
+    masks: dict[str, PackedMask]
+    counts: list[KeptCount]
     kept: dict[str, Kept] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     is_shrunk: bool = False
-    identity: dict[str, Any] = field(default_factory=dict)
-    counts: list[KeptCount] = field(default_factory=list)
 
     @classmethod
-    def given(cls, ticket: Mapping[str, Tensor]) -> HeldTicket:
-        """One that was found elsewhere; every rank gets the whole masks of sharded parameters."""
-        whole = {
-            name: (mask.full_tensor() if is_dtensor(mask) else mask).clone()  # type: ignore[attr-defined]
-            for name, mask in ticket.items()
-        }
-        return cls(whole, whole)
+    def newest_of(cls, search: MaskSearch | None) -> Ticket:
+        """The ticket that the newest mask of a search means."""
+        if search is None:
+            raise RuntimeError("There is no search to take a ticket from.")
+        places: dict[str, list[tuple[Part, int]]] = {}
+        for index, representative in enumerate(search.representatives):
+            for part in representative.members:
+                places.setdefault(part.name, []).append((part, index))
+        packed = {}
+        for name, parts in places.items():
+            shape = search.binding.parameter(name).shape
+            whole = torch.ones(shape, dtype=torch.bool, device="cpu")
+            for part, index in parts:
+                part.write_(search.newest(index), whole)
+            packed[name] = PackedMask(pack(whole), tuple(shape))
+        return cls(packed, search.kept_counts())
 
-    def shrunk(self, report: ShrinkReport) -> HeldTicket:
+    @classmethod
+    def given(
+        cls, model: nn.Module, ticket: Mapping[str, Tensor], selector: Selector | None
+    ) -> Ticket:
+        """One that was found elsewhere, and the followers of what it holds, if it lacks them."""
+        if not ticket:
+            raise ValueError(
+                "`ticket` has no mask in it. Pass `opt.final_mask` of another run, or None."
+            )
+        try:
+            representatives = (selector or default_selector)(model)
+        except ValueError:
+            if selector is not None:
+                raise
+            representatives = []  # The default finds nothing, so it knows of no followers.
+        whole = {
+            name: whole_tensor(mask).cpu() for name, mask in checked_ticket(model, ticket).items()
+        }
+        names = set(whole)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for representative in representatives:
+            first = representative.parts[0]
+            lacking = [part for part in representative.followers if part.name not in names]
+            if first.name not in names or not lacking:
+                continue
+            blocks = first.blocks(whole[first.name])
+            units = blocks.any(dim=tuple(range(1, blocks.ndim, 2)))
+            for part in lacking:
+                shape = parameters[part.name].shape
+                ones = torch.ones(shape, dtype=torch.bool, device="cpu")
+                part.write_(units, whole.setdefault(part.name, ones))
+        packed = {name: PackedMask(pack(m), tuple(m.shape)) for name, m in whole.items()}
+        return cls(packed, kept_counts_of(whole))
+
+    def shrunk(self, report: ShrinkReport) -> Ticket:
         """The same after shrinking, perhaps not for the first time."""
         kept = dict(self.kept)
         for name, indices in report.kept.items():
@@ -60,28 +114,89 @@ class HeldTicket:
         groups = {canonical_name(name): n for name, n in report.groups.items()}
         return replace(self, kept=kept, groups=groups, is_shrunk=True)
 
-    def kept_counts(self) -> list[KeptCount]:
-        """How much it keeps of each representative, or of each parameter if it was given."""
-        return self.counts or kept_counts_of(self.final_mask)
-
     def mask(self, name: str) -> Tensor:
-        """The ticket's mask of a parameter in the shape that it has now."""
-        key = canonical_name(name)
-        kept = self.kept.get(key)
-        if kept is None:
-            return self.ticket[name]
-        return cut_tensor(self.ticket[name], kept, self.groups.get(key, 1))
+        """The mask of a parameter in the shape that it has now, whole and on the host."""
+        mask, key = self.masks[name].unpacked(), canonical_name(name)
+        if key in self.kept:
+            return cut_tensor(mask, self.kept[key], self.groups.get(key, 1))
+        return mask
 
-    def entries(self, layout: Layout) -> list[Entries]:
-        """The entries to hold at zero, in parameters of the size that they have now."""
-        return [self._entries_of(name, layout) for name in self.ticket]
+    def final_mask(self, parameter: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The masks in the dense shapes; DTensors for sharded parameters that were not cut."""
+        masks = {}
+        for name, packed in self.masks.items():
+            mask, like = packed.unpacked(), parameter(name)
+            if not self.is_shrunk:
+                mask = local_part_of(mask, like).clone(memory_format=torch.contiguous_format)
+                mask = as_dtensor_like(like, mask.to(local_tensor(like).device))
+            masks[name] = mask.to(like.device)
+        return masks
 
-    def _entries_of(self, name: str, layout: Layout) -> Entries:
-        """The entries of one parameter that this rank has."""
-        parameter = layout.parameter(name)
-        return Entries(
-            local_tensor(parameter),
-            lambda: None if parameter.grad is None else local_tensor(parameter.grad),
-            lambda: local_part_of(self.mask(name).to(parameter.device), like=parameter),
-            lambda: [local_tensor(each) for each in layout.state_like(parameter)],
-        )
+    def removed(self, parameter: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """For each parameter which of the entries that this rank has are removed."""
+        for name in self.masks:
+            like = parameter(name)
+            yield name, ~local_part_of(self.mask(name).to(local_tensor(like).device), like)
+
+
+@torch.no_grad()
+def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
+    """Apply a ticket to a model that need not be the one it was found in, in place.
+
+    This is what a lottery-ticket experiment needs that rewinds to another set of weights, and what
+    prunes an average of the weights or an older checkpoint. It acts once: later optimizer steps may
+    bring the entries back, where ``WormOptimizer(..., ticket=)`` and
+    :meth:`WormOptimizer.prune() <torch_worm_optim.WormOptimizer.prune>` hold them.
+
+    Args:
+        model: The model to prune.
+        ticket: Bool masks by parameter name, **True = kept**, such as ``WormOptimizer.final_mask``;
+            only the named parameters are touched, and parameters and masks may be DTensors. What
+            DDP, ``torch.compile`` or ``AveragedModel`` adds to names is ignored on both sides.
+
+    Raises:
+        ValueError: If the ticket is for another model: it names a parameter that the model does not
+            have, or one of another shape. The model is left as it was.
+        TypeError: If a mask is not a bool tensor. The model is left as it was.
+
+    Example:
+        >>> model = nn.BatchNorm1d(3)
+        >>> apply_ticket_(model, {"weight": torch.tensor([True, False, True])})
+        >>> model.weight.data
+        tensor([1., 0., 1.])
+    """
+    ticket = checked_ticket(model, ticket)  # which may put FSDP's sharded parameters back in place
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in ticket.items():
+        removed = ~local_part_of(mask, like=parameters[name])
+        local = local_tensor(parameters[name])
+        local.masked_fill_(removed.to(local.device), 0)
+
+
+def checked_ticket(model: nn.Module, ticket: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ticket with the names that parameters have in this model, if it is for this model."""
+    reshard_(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own_names = {canonical_name(name): name for name in parameters}
+    checked = {}
+    for saved_name, mask in ticket.items():
+        name = own_names.get(canonical_name(saved_name), saved_name)
+        if name not in parameters:
+            raise ValueError(
+                f"The ticket is for another model: it has a mask for {name!r}, and "
+                f"{type(model).__name__} has no parameter of that name. Build the model that the "
+                "ticket was found in."
+            )
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"The mask of {name!r} must be a bool tensor with True = kept, got {kind}."
+            )
+        if mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"The ticket is for another model: its mask for {name!r} has shape "
+                f"{tuple(mask.shape)}, the parameter has {tuple(parameters[name].shape)}. Build "
+                "the model that it was found in."
+            )
+        checked[name] = mask
+    return checked
