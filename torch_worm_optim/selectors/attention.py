@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from torch_worm_optim._checks import check_choice
 from torch_worm_optim.selectors.projections import (
-    BIAS_NAME,
-    BY_CLASS,
-    BY_NAMES,
-    FUSED_NAME,
-    FUSED_WEIGHT,
-    HEAD_COUNTS,
-    HEAD_WIDTHS,
-    OUTPUT_DIM,
-    TWO_MAPS,
-    WITHOUT_MAP,
     Layouts,
+    attention_layouts,
     int_attribute,
-    known_layouts,
+    is_passed_over,
+    parameters_at,
     parse_layout,
-    stated_layouts,
+    unknown_fused,
 )
 from torch_worm_optim.selectors.representative import (
-    HINT_DEFAULT,
     JoinableSelector,
-    NothingFound,
     Part,
     Representative,
     log_left_out,
+    nothing_found,
 )
 
 _QUERIES = ("q", "qk")
 _KEYS = ("k", "kv", "qk")
 # What all heads share, on the way down to few dimensions, belongs to none of them.
 _SHARED = ("q_rank", "latent")
+# Parameters of an attention module that are added to what others make, or stand in their place.
+_BIAS_NAME = re.compile("bias|token")
+# Differential attention: a head has two maps, of queries and keys of half its width.
+_TWO_MAPS = frozenset({"DiffAttention", "DiffParallelScalingBlock"})
+# How attention modules, or their configs, call the rows of a head and the number of heads.
+_HEAD_WIDTHS = (
+    *("qk_head_dim", "qk_channels_per_head", "dim_head_qk", "key_dim", "head_dim"),
+    *("attention_head_size", "head_size", "key_value_proj_dim", "d_head", "dim_head"),
+)
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 
 
 class Block(NamedTuple):
@@ -59,7 +60,7 @@ class Block(NamedTuple):
     @property
     def is_bias(self) -> bool:
         """Whether it is added to what others make: nothing to rank."""
-        return bool(BIAS_NAME.search(self.path.rpartition(".")[2]))
+        return bool(_BIAS_NAME.search(self.path.rpartition(".")[2]))
 
     @property
     def n_features(self) -> int:
@@ -167,14 +168,11 @@ class QueryKeySelector(JoinableSelector):
             else:
                 chosen = self._units(describe(path, module), module, blocks, names)
             found.update((repr(each), each) for each in chosen)
-            if _is_passed_over(module, self.layouts):
+            if is_passed_over(module, self.layouts):
                 left_out.setdefault(type(module).__name__, path)
         log_left_out(self, left_out, "is named like a layer without an attention map")
         if not found:
-            raise NothingFound(
-                f"QueryKeySelector found no query and key weights in {type(model).__name__}. "
-                f"{HINT_DEFAULT}"
-            )
+            raise nothing_found("QueryKeySelector found no query and key weights", model)
         return list(found.values())
 
     def _units(
@@ -186,16 +184,15 @@ class QueryKeySelector(JoinableSelector):
         values = [b for b in blocks if b.label == "v"]
         if not queries and not keys:
             return []
-        why = ""
         shared = {id(b.parameter) for b in blocks if b.label in _SHARED}
-        if shared and self.granularity == "head":
+        if self.granularity == "head":
             queries = [b for b in queries if id(b.parameter) not in shared]
             keys = [b for b in keys if id(b.parameter) not in shared]
-        elif shared:
+        two_steps = bool(shared) and self.granularity == "dim"
+        if two_steps or not (queries and keys):
             why = "by rows: they are made in two steps"
-        if not why and not (queries and keys):
-            why = "in it: it makes only one of them"
-        if why:
+            if not two_steps:
+                why = "in it: it makes only one of them"
             shapes = {b.path: tuple(b.parameter.shape) for b in blocks}
             raise ValueError(
                 f"Queries and keys of {where} have no pairing {why}, by {shapes}. Pass "
@@ -216,10 +213,8 @@ class QueryKeySelector(JoinableSelector):
             (followers if block.is_bias else parts).append(part)
         found = [Representative(parts, followers)] if parts else []
         if self.granularity == "dim":  # a dimension of a value goes by itself
-            rows = (
-                b.part(names[id(b.parameter)], by_feature=True) for b in values if not b.is_bias
-            )
-            found += map(Representative, rows)
+            rows = [b for b in values if not b.is_bias]
+            found += [Representative(b.part(names[id(b.parameter)], by_feature=True)) for b in rows]
         return found
 
     def _part(self, where: str, block: Block, n_groups: int, head_width: int, name: str) -> Part:
@@ -242,18 +237,13 @@ class QueryKeySelector(JoinableSelector):
                 '`num_heads` and `head_dim` to what they are, or pass granularity="entry".'
             )
         step, within = (head_width, (head_width,)) if strided else (1, ())
+        run = slice(block.start // step, block.stop // step)
+        split = (groups, *within) if strided else (groups * per_group,)
         return Part(
             name,
             view=(*leading, block.repeat, period // step, *within, *trailing),
-            index=(
-                *(slice(None),) * (len(leading) + 1),
-                slice(block.start // step, block.stop // step),
-            ),
-            units=(
-                *(1,) * len(leading),
-                repeats,
-                *((groups, *within) if strided else (groups * per_group,)),
-            ),
+            index=(*(slice(None),) * (len(leading) + 1), run),
+            units=(*(1,) * len(leading), repeats, *split),
         )
 
 
@@ -276,7 +266,7 @@ def refuse_computed(
 
 def attention_blocks(path: str, module: nn.Module, layouts: Mapping[str, Layouts]) -> list[Block]:
     """What the weights and biases of one attention layer make, block by block, values included."""
-    known = _layouts_of(module, layouts)
+    known = attention_layouts(module, layouts)
     unknown = unknown_fused(module) if known is None else ""
     if unknown:
         shape = tuple(attrgetter(unknown)(module).shape)
@@ -312,85 +302,13 @@ def read_layouts(path: str, module: nn.Module, layouts: Layouts, selector: str) 
     return blocks
 
 
-def _layouts_of(module: nn.Module, layouts: Mapping[str, Layouts]) -> Layouts | None:
-    """The layouts of a module: the user's, or those that its names and its class tell."""
-    stated, known = stated_layouts(module, layouts), known_layouts(module, BY_CLASS)
-    if stated is not None or known == {}:
-        return stated or {}
-    if known is None and WITHOUT_MAP.search(type(module).__name__):
-        return {}
-    return {**_by_names(module), **(known or {})} or known
-
-
-def _is_passed_over(module: nn.Module, layouts: Mapping[str, Layouts]) -> bool:
-    """Whether only the name of its class keeps a module from being attention."""
-    kind = type(module).__name__
-    return (
-        WITHOUT_MAP.search(kind) is not None
-        and kind not in layouts
-        and bool(_by_names(module) or unknown_fused(module))
-    )
-
-
-def _by_names(module: nn.Module) -> Layouts:
-    """The layouts that the names of a module's projections tell."""
-    found: dict[str, Any] = {}
-    for names in BY_NAMES:
-        has_all = all(
-            _has_weight(module._modules.get(name))
-            or (layout == "v" and getattr(module, name, module) is None)
-            for name, layout in names.items()
-        )
-        if has_all and found.keys().isdisjoint(names):
-            found.update(names)
-    return found
-
-
-def _has_weight(module: nn.Module | None) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim >= 2
-
-
-def unknown_fused(module: nn.Module) -> str:
-    """The weight of a module that holds several projections in one, going by its name."""
-    is_attention = "attention" in type(module).__name__.lower()
-    for name, child in module._modules.items():
-        if _has_weight(child) and (
-            FUSED_NAME.fullmatch(name) or (is_attention and name == "in_proj")
-        ):
-            return f"{name}.weight"
-    return next((name for name in module._parameters if FUSED_WEIGHT.fullmatch(name)), "")
-
-
-def parameters_at(module: nn.Module, pattern: str) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Weights and biases at a path, with how many dimensions stand around the output features."""
-    paths = [pattern]
-    if "*" in pattern:
-        paths = [path for path, _ in module.named_modules() if fnmatchcase(path, pattern)]
-    for path in paths:
-        owner: Any = module
-        for name in path.split("."):
-            owner = getattr(owner, name, None)
-        if isinstance(owner, Tensor):  # a parameter of the attention module itself
-            if "bias" in path:
-                yield path, owner, 0, 0
-            else:
-                yield path, owner, *OUTPUT_DIM.get(type(module).__name__, (0, owner.ndim - 1))
-        elif owner is not None and _has_weight(owner):
-            kind = type(owner).__name__ if not isinstance(owner, nn.modules.conv._ConvNd) else ""
-            around = OUTPUT_DIM.get(kind, (0, owner.weight.ndim - 1))
-            yield f"{path}.weight", owner.weight, *around
-            if isinstance(getattr(owner, "bias", None), Tensor):
-                yield f"{path}.bias", owner.bias, 0, 0
-
-
 def _head_width(where: str, module: nn.Module, queries: list[Block]) -> int:
     """Rows of a query head."""
-    n_rows = next(block.n_features for block in queries)
-    width, n_heads = int_attribute(module, *HEAD_WIDTHS), int_attribute(module, *HEAD_COUNTS)
+    n_rows = queries[0].n_features
+    width, n_heads = int_attribute(module, *_HEAD_WIDTHS), int_attribute(module, *_HEAD_COUNTS)
     weight = f"{queries[0].path!r} of shape {tuple(queries[0].parameter.shape)}"
     if width is not None:
-        return 2 * width if type(module).__name__ in TWO_MAPS else width
+        return 2 * width if type(module).__name__ in _TWO_MAPS else width
     if n_heads is None:
         raise ValueError(
             f"{where} does not tell how many heads {weight} makes. Set the module's `num_heads` or "

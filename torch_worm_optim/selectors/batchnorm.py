@@ -9,10 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_worm_optim.selectors.representative import (
-    HINT_DEFAULT,
     JoinableSelector,
-    NothingFound,
     Representative,
+    nothing_found,
 )
 
 
@@ -52,9 +51,7 @@ class BatchNormSelector(JoinableSelector):
         shifts_of: dict[str, list[str]] = {}
         followed: set[int] = set()  # a shift shared by two layers follows the first of their scales
         for module in model.modules():
-            if not isinstance(module, _BatchNorm):
-                continue
-            scale = _parameter(module, "weight")
+            scale = _parameter(module, "weight") if isinstance(module, _BatchNorm) else None
             if scale is None:
                 continue
             shift = _parameter(module, "bias") if self.bias else None
@@ -63,16 +60,13 @@ class BatchNormSelector(JoinableSelector):
                 followed.add(id(shift))
                 shifts.append(names[id(shift)])
         if not shifts_of:
-            raise NothingFound(
-                "BatchNormSelector found no BatchNorm layer with a scale in "
-                f"{type(model).__name__}. {HINT_DEFAULT}"
-            )
+            raise nothing_found("BatchNormSelector found no BatchNorm layer with a scale", model)
         return [Representative(name, tuple(shifts)) for name, shifts in shifts_of.items()]
 
 
 def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
     """The parameter of that name, or None where the layer has none."""
-    if _is_computed(module, key):
+    if f"{key}_orig" in module._parameters or is_parametrized(module, key):
         raise ValueError(
             f"The `{key}` of a {type(module).__name__} is computed from another parameter, as "
             "torch.nn.utils.prune and parametrize make it, so BatchNormSelector would pass over "
@@ -81,7 +75,3 @@ def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
             "`model.named_parameters()`) to ParameterSelector."
         )
     return module._parameters.get(key)
-
-
-def _is_computed(module: nn.Module, key: str) -> bool:
-    return f"{key}_orig" in module._parameters or is_parametrized(module, key)

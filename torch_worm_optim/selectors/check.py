@@ -15,11 +15,11 @@ from torch_worm_optim.distributed import check_gatherable
 from torch_worm_optim.selectors.attention import QueryKeySelector
 from torch_worm_optim.selectors.batchnorm import BatchNormSelector
 from torch_worm_optim.selectors.representative import (
-    HINT_DEFAULT,
     NothingFound,
     Part,
     Representative,
     Selector,
+    nothing_found,
 )
 
 
@@ -51,21 +51,17 @@ def _suggest_selectors(model: nn.Module) -> str:
         for module, name, parameter in trained
         if "Norm" in type(module).__name__ and name == "weight" and parameter.ndim == 1
     }
-    lines = []
+    rules = {}
     if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and "weight_hh" in n for m, n, _ in trained):
-        lines.append('hidden-to-hidden weights: selector=ParameterSelector("*weight_hh*")')
+        rules["hidden-to-hidden weights"] = '"*weight_hh*"'
     if norms:
-        lines.append(
-            f"scales of {', '.join(sorted(norms))}: "
-            'selector=ParameterSelector(lambda name, p: name.endswith("weight") and p.ndim == 1)'
-        )
+        scales = f"scales of {', '.join(sorted(norms))}"
+        rules[scales] = 'lambda name, p: name.endswith("weight") and p.ndim == 1'
     if any(parameter.ndim > 1 for _, _, parameter in trained):
-        lines.append(
-            "every matrix and filter: selector=ParameterSelector(lambda name, p: p.ndim > 1)"
-        )
+        rules["every matrix and filter"] = "lambda name, p: p.ndim > 1"
     else:
-        lines.append('every parameter: selector=ParameterSelector("*")')
-    return "".join(f"\n- {line}" for line in lines)
+        rules["every parameter"] = '"*"'
+    return "".join(f"\n- {what}: selector=ParameterSelector({by})" for what, by in rules.items())
 
 
 def select(
@@ -79,12 +75,8 @@ def select(
         )
     representatives = list(selector(model))
     if not representatives:
-        raise ValueError(
-            f"The selector {selector!r} found nothing in {type(model).__name__}. {HINT_DEFAULT}"
-        )
+        raise nothing_found(f"The selector {selector!r} found nothing", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Shapes are looked at on tensors without data, whole where a rank holds a part.
-    shapes: dict[str, Tensor] = {}
     owned_ids = {id(parameter) for parameter in owned}
     parts_of: dict[int, list[Part]] = {}
     trained: list[Representative] = []
@@ -98,16 +90,30 @@ def select(
         if not any(parameters[part.name].requires_grad for part in representative.parts):
             continue
         trained.append(representative)
+        n_units: int | None = None
         for part in representative.members:
-            _check_parameter(part.name, parameters, owned_ids)
-            whole = parameters[part.name]
-            shapes[part.name] = torch.empty_strided(whole.shape, whole.stride(), device="meta")
-        _check_shapes(representative, shapes)
-        for part in representative.members:
-            others = parts_of.setdefault(id(parameters[part.name]), [])
+            parameter = parameters[part.name]
+            _check_rankable(part.name, parameter)
+            if parameter.requires_grad and id(parameter) not in owned_ids:
+                raise ValueError(
+                    f"The base optimizer does not own {part.name!r}, which was selected. Give it "
+                    "to the optimizer, or pass a `selector=` that leaves it out."
+                )
+            # Shapes are looked at on tensors without data, whole where a rank holds a part.
+            whole = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
+            _check_fits(part, whole)
+            n_here = part.n_units(whole)
+            n_units = n_here if n_units is None else n_units
+            if n_here != n_units:
+                raise ValueError(
+                    f"{part.name!r} of shape {tuple(whole.shape)} has {n_here} units, but "
+                    f"{representative.name!r}, which it goes with, has {n_units}. State the units "
+                    "of each with Part(name, units=...)."
+                )
+            others = parts_of.setdefault(id(parameter), [])
             others.append(part)
             if len(others) > 1:
-                _check_apart(others, shapes[part.name])
+                _check_apart(others, whole)
     if not trained:
         _check_rankable(representatives[0].name, parameters[representatives[0].name])
         raise ValueError(
@@ -122,50 +128,14 @@ def _check_name(name: str, parameters: dict[str, nn.Parameter], model: nn.Module
     if name not in parameters:
         close = difflib.get_close_matches(name, parameters, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else " See `model.named_parameters()`."
-        raise ValueError(
-            f"{type(model).__name__} has no parameter {name!r}, which was selected.{hint}"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no parameter {name!r}, which was selected.{hint}")
 
 
-def _check_parameter(name: str, parameters: dict[str, nn.Parameter], owned_ids: set[int]) -> None:
-    _check_rankable(name, parameters[name])
-    if parameters[name].requires_grad and id(parameters[name]) not in owned_ids:
-        raise ValueError(
-            f"The base optimizer does not own {name!r}, which was selected. Give it to "
-            "the optimizer, or pass a `selector=` that leaves it out."
-        )
-
-
-def _check_shapes(representative: Representative, parameters: dict[str, Tensor]) -> None:
-    for part in representative.members:
-        _check_part(part, parameters[part.name])
-    n_units = representative.n_units(parameters[representative.name])
-    for part in representative.members:
-        n_here = part.n_units(parameters[part.name])
-        if n_here != n_units:
-            raise ValueError(
-                f"{part.name!r} of shape {tuple(parameters[part.name].shape)} has {n_here} units, "
-                f"but {representative.name!r}, which it goes with, has {n_units}. State the units "
-                "of each with Part(name, units=...)."
-            )
-
-
-def _check_part(part: Part, parameter: Tensor) -> None:
+def _check_fits(part: Part, parameter: Tensor) -> None:
     shape = part.view or tuple(parameter.shape)
-    bounds = [
-        (index.start or 0, index.stop, index.step or 1) if isinstance(index, slice) else None
-        for index in part.index
-    ]
-    fits = math.prod(shape) == parameter.numel() and len(bounds) <= len(shape)
-    # Only slices give a view; and those that run over the end are cut short without a word.
-    fits = fits and all(
-        bound is not None
-        and 0 <= bound[0] < size
-        and bound[0] < (size if bound[1] is None else bound[1]) <= size
-        and bound[2] > 0
-        for bound, size in zip(bounds, shape, strict=False)
-    )
-    if not fits:
+    fits = math.prod(shape) == parameter.numel() and len(part.index) <= len(shape)
+    if not (fits and all(map(_is_inside, part.index, shape))):
         raise ValueError(
             f"{part.name!r} has shape {tuple(parameter.shape)}, which {part} does not fit: `view` "
             "must have as many entries, and `index` one slice for each leading dimension, none of "
@@ -182,6 +152,14 @@ def _check_part(part: Part, parameter: Tensor) -> None:
             f"The entries of {part} have shape {tuple(entries.shape)}: `units` says how many units "
             "there are along each leading dimension, which they must divide."
         )
+
+
+def _is_inside(index: object, size: int) -> bool:
+    """Whether it gives a view, as slices do, of one entry or more, and is not cut short."""
+    if not isinstance(index, slice):
+        return False
+    start, stop = index.start or 0, size if index.stop is None else index.stop
+    return 0 <= start < stop <= size and (index.step or 1) > 0
 
 
 def _check_apart(parts: list[Part], parameter: Tensor) -> None:

@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_worm_optim.selectors.attention import (
-    Block,
-    describe,
+from torch_worm_optim.selectors.attention import Block, describe, read_layouts, refuse_computed
+from torch_worm_optim.selectors.projections import (
+    Layouts,
+    at,
+    by_class,
+    has_weight,
+    in_split,
+    known_layouts,
     parameters_at,
-    read_layouts,
-    refuse_computed,
+    same_names,
+    stated_layouts,
 )
-from torch_worm_optim.selectors.projections import Layouts, known_layouts, stated_layouts
 from torch_worm_optim.selectors.representative import (
-    HINT_DEFAULT,
     JoinableSelector,
-    NothingFound,
     Representative,
     log_left_out,
+    nothing_found,
 )
-
-
-def _named(labels: tuple[str, ...], names: str) -> Iterator[Layouts]:
-    """Layouts of weights with these labels, in the notation of `projections`."""
-    for each in names.split(","):
-        yield dict(zip(each.split(), labels, strict=True))
-
 
 # Names that mean the same in every class that has all of them, if their sizes fit.
 _BY_NAMES: tuple[Layouts, ...] = (
-    *_named(
+    *same_names(
         ("gate", "up", "down"),
         """gate_proj up_proj down_proj, proj_up_gate proj_up proj_down, wi_0 wi_1 wo, w1 w3 w2,
         w0 w1 w2, w_in.w_0 w_in.w_1 w_out, fc1_g fc1_x fc2,
         gate_proj.linear up_proj.linear down_proj.linear""",
     ),
-    *_named(("gate up", "down"), "gate_up_proj down_proj, input_linear output_linear, w12 w3"),
-    *_named(
+    *same_names(("gate up", "down"), "gate_up_proj down_proj, input_linear output_linear, w12 w3"),
+    *same_names(
         ("up", "down"),
         """intermediate.dense output.dense, layout_intermediate.dense layout_output.dense,
         intermediate.conv1d output.conv1d, dense.dense output.dense, intermediate output,
@@ -56,49 +52,51 @@ _BY_NAMES: tuple[Layouts, ...] = (
 )
 
 
-def _in_split(module: Any) -> str:
-    return f"up={module.in_split[0]} q k v"
-
-
 _FUSED: Layouts = {"fc1": "gate up", "fc2": "down"}
 
 # Everything else, by class: the package (for timm, the file too) and the name of the class.
-_BY_CLASS: dict[str, Layouts] = {
-    "transformers.AXK2GateMLP": {},  # a gate of a norm
-    "transformers.JetMoeMoA": {},  # heads of attention
-    "transformers.KyutaiSpeechToTextGatingMLP": _FUSED,
-    "transformers.MoshiGatingMLP": _FUSED,
-    "transformers.ModernBertMLP": {"Wi": "up gate", "Wo": "down"},
-    "transformers.ModernBertDecoderMLP": {"Wi": "up gate", "Wo": "down"},
-    # Each use of the shared block adds something of its own to the up projection and the gate.
-    "transformers.Zamba2MLP": {
-        "gate_up_proj": "gate up",
-        "gate_up_proj_adapter_list.*.1": "gate up",
-        "down_proj": "down",
+_BY_CLASS = by_class(
+    transformers={
+        "AXK2GateMLP": {},  # a gate of a norm
+        "JetMoeMoA": {},  # heads of attention
+        "KyutaiSpeechToTextGatingMLP MoshiGatingMLP": _FUSED,
+        "ModernBertMLP ModernBertDecoderMLP": {"Wi": "up gate", "Wo": "down"},
+        # Each use of the shared block adds something of its own to the up projection and the gate.
+        "Zamba2MLP": {
+            "gate_up_proj": "gate up",
+            "gate_up_proj_adapter_list.*.1": "gate up",
+            "down_proj": "down",
+        },
+        "RwkvFeedForward": {"key": "up", "value": "down"},
     },
-    "transformers.RwkvFeedForward": {"key": "up", "value": "down"},
-    "timm.efficientformer_v2.ConvMlpWithNorm": {"fc1.conv": "up", "fc2.conv": "down"},
-    "timm.efficientvim.FFN": {"fc1.conv": "up", "fc2.conv": "down"},
-    "timm.efficientvit_msra.ConvMlp": {"pw1.conv": "up", "pw2.conv": "down"},
-    "timm.iformer.FFN": {"mixer.module.0.c": "up", "mixer.module.2.c": "down"},
-    "timm.levit.LevitMlp": {"ln1.linear": "up", "ln2.linear": "down"},
-    "timm.mlp.GluMlp": _FUSED,
-    "timm.mlp.GatedMlp": {"fc1": "up gate", "fc2": "down"},
-    "timm.repvit.RepVitMlp": {"conv1.c": "up", "conv2.c": "down"},
-    "timm.shvit.FFN": {"pw1.c": "up", "pw2.c": "down"},
-    "timm.vision_transformer.ParallelScalingBlock": {"in_proj": _in_split, "mlp_bias": "up"},
-    "timm.vision_transformer.DiffParallelScalingBlock": {"in_proj": _in_split, "mlp_bias": "up"},
-    "timm.vgg.ConvMlp": {},  # a head
-    "timm.visformer.SpatialMlp": {
-        "conv1": lambda module: "read" if module.spatial_conv else "up",
-        "conv2": "up",
-        "conv3": "down",
+    timm={
+        "efficientformer_v2.ConvMlpWithNorm": {"fc1.conv": "up", "fc2.conv": "down"},
+        "efficientvim.FFN": {"fc1.conv": "up", "fc2.conv": "down"},
+        "efficientvit_msra.ConvMlp": {"pw1.conv": "up", "pw2.conv": "down"},
+        "iformer.FFN": {"mixer.module.0.c": "up", "mixer.module.2.c": "down"},
+        "levit.LevitMlp": {"ln1.linear": "up", "ln2.linear": "down"},
+        "mlp.GluMlp": _FUSED,
+        "mlp.GatedMlp": {"fc1": "up gate", "fc2": "down"},
+        "repvit.RepVitMlp": {"conv1.c": "up", "conv2.c": "down"},
+        "shvit.FFN": {"pw1.c": "up", "pw2.c": "down"},
+        "vision_transformer.ParallelScalingBlock vision_transformer.DiffParallelScalingBlock": {
+            "in_proj": in_split,
+            "mlp_bias": "up",
+        },
+        "vgg.ConvMlp": {},  # a head
+        "visformer.SpatialMlp": {
+            "conv1": lambda module: "read" if module.spatial_conv else "up",
+            "conv2": "up",
+            "conv3": "down",
+        },
     },
-    "diffusers.FeedForward": {
-        "net.0.proj": lambda module: "up gate" if "GLU" in type(module.net[0]).__name__ else "up",
-        "net.2": "down",
+    diffusers={
+        "FeedForward": {
+            "net.0.proj": lambda m: "up gate" if "GLU" in type(m.net[0]).__name__ else "up",
+            "net.2": "down",
+        },
     },
-}
+)
 
 _LIKE = re.compile(r"mlp|feed_?forward|ffn|ffwd", re.IGNORECASE)  # names of classes and modules
 # Pairs of matrices that are no part of a residual stream, though their names may be alike.
@@ -171,10 +169,7 @@ class FeedForwardSelector(JoinableSelector):
             others = [part for b, part in parts if b.label == "between" or b.is_bias]
             found.setdefault(repr(ranked[0]), Representative(ranked, others))
         if not found:
-            raise NothingFound(
-                f"FeedForwardSelector found no feed-forward block in {type(model).__name__}. "
-                f"{HINT_DEFAULT}"
-            )
+            raise nothing_found("FeedForwardSelector found no feed-forward block", model)
         return list(found.values())
 
     def _understood(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Layouts]]:
@@ -213,10 +208,10 @@ class FeedForwardSelector(JoinableSelector):
 
 def feed_forward_blocks(path: str, module: nn.Module, layout: Layouts) -> list[Block]:
     """What makes the hidden units of one block, elementwise layers and biases included."""
-    where, leave_it_out = describe(path, module), _leave_out(module)
+    where = describe(path, module)
     for name, parameter, *_ in (each for key in layout for each in parameters_at(module, key)):
         if _is_of_experts(module, name, parameter):
-            _refuse_experts(where, leave_it_out, name, parameter)
+            _refuse_experts(where, module, name, parameter)
     blocks = read_layouts(path, module, layout, "FeedForwardSelector")
     sizes = _hidden_sizes(module, blocks)
     if len(set(sizes.values())) != 1:
@@ -227,28 +222,31 @@ def feed_forward_blocks(path: str, module: nn.Module, layout: Layouts) -> list[B
         )
     blocks = [block for block in blocks if block.label in _HIDDEN]
     up = next(block for block in blocks if block.label == "up" and not block.is_bias)
-    units = (
-        f"The {up.n_features} hidden units of {where}, made by {up.path!r} of shape "
-        f"{tuple(up.parameter.shape)},"
-    )
     between = dict(_layers_between(module, blocks, up))
+    for name, layer, why in _what_mixes(module, blocks, up, between):
+        kind = getattr(layer, "__name__", type(layer).__name__)
+        raise ValueError(
+            f"The {up.n_features} hidden units of {where}, made by {up.path!r} of shape "
+            f"{tuple(up.parameter.shape)}, pass through {name!r} ({kind}), {why}. Leave it out: "
+            f"{_leave_out(module)}."
+        )
+    own = (each for name, inner in between.items() for each in inner.named_parameters(name))
+    return blocks + [
+        Block("between", name, p, 0, p.ndim - 1, 1, 0, up.n_features) for name, p in own
+    ]
+
+
+def _what_mixes(
+    module: nn.Module, blocks: list[Block], up: Block, between: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Callable[..., object], str]]:
+    """What gives a unit of zeros a say on its way through the block, and how."""
     for name, inner in between.items():
         if not isinstance(inner, _ELEMENTWISE):
-            raise ValueError(
-                f"{units} pass through {name!r} ({type(inner).__name__}), where a unit of zeros "
-                f"has a say in what becomes of the others. Leave it out: {leave_it_out}."
-            )
-        for own, parameter in inner.named_parameters(name):
-            trailing = parameter.ndim - 1
-            blocks.append(Block("between", own, parameter, 0, trailing, 1, 0, up.n_features))
+            yield name, inner, "where a unit of zeros has a say in what becomes of the others"
     if not any(block.label == "gate" for block in blocks):
         for name, activation in _activations(module, up):
             if name not in between and (why := _why_not_zero(activation, up.n_features)):
-                raise ValueError(
-                    f"{units} pass through {name!r} ({_name_of(activation)}), which {why}. "
-                    f"Leave it out: {leave_it_out}."
-                )
-    return blocks
+                yield name, activation, f"which {why}"
 
 
 def _leave_out(module: nn.Module) -> str:
@@ -258,31 +256,25 @@ def _leave_out(module: nn.Module) -> str:
 
 def _n_inputs(module: nn.Module, block: Block) -> int:
     """Input features of a weight."""
-    groups = getattr(_at(module, block.path.rpartition(".")[0]), "groups", 1)
+    holder = block.path.rpartition(".")[0]
+    groups = getattr(at(module, holder), "groups", 1) if holder else 1
     return int(block.parameter.shape[0 if block.leading_dims else 1] * groups)
 
 
 def _hidden_sizes(module: nn.Module, blocks: list[Block]) -> dict[str, int]:
     """How many hidden units each parameter makes or reads; none where no weight makes any."""
-    if not any(block.label == "up" and not block.is_bias for block in blocks):
+    weights = [block for block in blocks if not block.is_bias]
+    if all(block.label != "up" for block in weights):
         return {}
-    sizes = {f"{b.label} {b.path}": b.n_features for b in blocks if b.label in _HIDDEN}
-    read = {
-        f"down {b.path}": _n_inputs(module, b)
-        for b in blocks
-        if b.label == "down" and not b.is_bias
-    }
-    return {**sizes, **read}
+    made = {f"{b.label} {b.path}": b.n_features for b in blocks if b.label in _HIDDEN}
+    read = {f"down {b.path}": _n_inputs(module, b) for b in weights if b.label == "down"}
+    return {**made, **read}
 
 
 def _is_no_block(kind: str, name: str, holding: str) -> bool:
     """Whether a module is called like none, by its class, its name and the class that holds it."""
-    return bool(
-        _NOT_A_BLOCK.search(kind)
-        or _GATING_NETS.search(kind)
-        or _GATING_NETS.search(name)
-        or holding in _GATING_HOLDERS
-    )
+    is_gate = holding in _GATING_HOLDERS or any(map(_GATING_NETS.search, (kind, name)))
+    return is_gate or _NOT_A_BLOCK.search(kind) is not None
 
 
 def _by_names(module: nn.Module, path: str, holding: str) -> list[Layouts] | None:
@@ -304,11 +296,8 @@ def _by_names(module: nn.Module, path: str, holding: str) -> list[Layouts] | Non
 
 
 def _fits(module: nn.Module, layout: Layouts, narrow: bool) -> bool:
-    """Whether a module has all these weights, in sizes that make them a block.
-
-    With ``narrow`` the block must end as wide as it began, as in a residual stream it does.
-    """
-    if not all(_has_weight(_at(module, path)) for path in layout):
+    """Whether a module has these in sizes of a block; if ``narrow``, one as wide at both ends."""
+    if not all(has_weight(at(module, path)) for path in layout):
         return False
     try:
         blocks = read_layouts("", module, layout, "FeedForwardSelector")
@@ -316,55 +305,37 @@ def _fits(module: nn.Module, layout: Layouts, narrow: bool) -> bool:
         return False
     if any(_is_of_experts(module, block.path, block.parameter) for block in blocks):
         return True
-    weights = [block for block in blocks if not block.is_bias]
-    up = next(block for block in weights if block.label == "up")
-    down = next(block for block in weights if block.label == "down")
-    if narrow and _n_inputs(module, up) != down.n_features:
+    made = {block.label: block for block in blocks if not block.is_bias}
+    if narrow and _n_inputs(module, made["up"]) != made["down"].n_features:
         return False
     # A third matrix of its shape may be a gate that is called otherwise.
-    alike = [
-        name
-        for name, child in module._modules.items()
-        if _has_weight(child) and _at(child, "weight").shape == up.parameter.shape
-    ]
-    return len(set(_hidden_sizes(module, blocks).values())) == 1 and (
-        narrow or layout.keys() >= {*alike}
-    )
-
-
-def _at(owner: Any, path: str) -> Any:
-    """What is at a path, or nothing."""
-    for name in path.split("."):
-        owner = getattr(owner, name, None)
-    return owner
-
-
-def _has_weight(owner: Any) -> bool:
-    """Whether it is a matrix or has one."""
-    weight = owner if isinstance(owner, Tensor) else getattr(owner, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim >= 2
+    shape = made["up"].parameter.shape
+    alike = {
+        n for n, m in module._modules.items() if has_weight(m) and at(m, "weight").shape == shape
+    }
+    fits = len(set(_hidden_sizes(module, blocks).values())) == 1
+    return fits and (narrow or layout.keys() >= alike)
 
 
 def _matrices(module: nn.Module) -> Iterator[str]:
     """Paths of what has a weight that is neither a table nor a depthwise convolution."""
     for path, inner in module.named_modules():
         is_depthwise = isinstance(inner, nn.modules.conv._ConvNd) and inner.weight.shape[1] == 1
-        if path and _has_weight(inner) and not is_depthwise and not isinstance(inner, nn.Embedding):
+        if path and has_weight(inner) and not is_depthwise and not isinstance(inner, nn.Embedding):
             yield path
 
 
 def _is_of_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
     """Whether one tensor has a matrix for each of several experts."""
-    holder = name.rpartition(".")[0]
-    is_filter = isinstance(_at(module, holder) if holder else module, nn.modules.conv._ConvNd)
+    is_filter = isinstance(at(module, name.rpartition(".")[0]), nn.modules.conv._ConvNd)
     return parameter.ndim == 3 and not is_filter
 
 
-def _refuse_experts(where: str, leave_it_out: str, name: str, parameter: Tensor) -> None:
+def _refuse_experts(where: str, module: nn.Module, name: str, parameter: Tensor) -> None:
     raise ValueError(
         f"{name!r} of {where}, of shape {tuple(parameter.shape)}, holds the matrices of several "
         "experts in one tensor: one expert cannot lose a row that the others keep. Leave it out: "
-        f"{leave_it_out}."
+        f"{_leave_out(module)}."
     )
 
 
@@ -374,17 +345,15 @@ def _refuse_if_alike(path: str, module: nn.Module) -> None:
     where = describe(path, module)
     own = {name: p for name, p in module._parameters.items() if p is not None and p.ndim >= 2}
     if "Expert" in kind and len(own) > 1:
-        _refuse_experts(where, _leave_out(module), *next(iter(own.items())))
+        _refuse_experts(where, module, *next(iter(own.items())))
     if not _LIKE.search(kind):
         return
     layouts = {name: name for name in (*own, *_matrices(module))}
     blocks = read_layouts(path, module, layouts, "FeedForwardSelector")
     weights = [block for block in blocks if not block.is_bias]
-    for up in weights:
-        for down in weights:
-            times = up.n_features / _n_inputs(module, down)
-            if up is down or times not in (1, 2) or _n_inputs(module, up) != down.n_features:
-                continue
+    for up, down in itertools.permutations(weights, 2):
+        times = up.n_features / _n_inputs(module, down)
+        if times in (1, 2) and _n_inputs(module, up) == down.n_features:
             label, fused = ("gate up", "a fused matrix ") if times == 2 else ("up", "")
             raise ValueError(
                 f"FeedForwardSelector does not know what {up.path!r} makes in {where}, {fused}of "
@@ -412,15 +381,12 @@ def _layers_between(
 
 
 def _activations(module: nn.Module, up: Block) -> Iterator[tuple[str, Callable[..., object]]]:
-    """What the block, or the part of it that has its up projection, calls its activation.
-
-    In a sequence it is what follows the up projection, up to the next matrix.
-    """
+    """What a block calls its activation; in a sequence, all between up and the next matrix."""
     path = up.path.removesuffix(".weight")
     if isinstance(module, nn.Sequential):
         inner = list(module.named_modules())
         for name, value in inner[[name for name, _ in inner].index(path) + 1 :]:
-            if _has_weight(value):
+            if has_weight(value):
                 return
             if not value._modules:
                 yield name, value
@@ -440,14 +406,12 @@ def _why_not_zero(activation: Callable[..., object], n_units: int) -> str:
     if isinstance(activation, nn.Module):
         activation = copy.deepcopy(activation).eval()
         for owner in activation.modules():
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    one = torch.ones_like(parameter, device="cpu")
-                    owner._parameters[name] = nn.Parameter(one, requires_grad=False)
-            for name, buffer in owner._buffers.items():
-                if buffer is not None:
-                    one = torch.ones_like(buffer, device="cpu")
-                    owner._buffers[name] = one if buffer.is_meta else buffer.cpu()
+            for name, weight in owner.named_parameters(recurse=False, remove_duplicate=False):
+                one = torch.ones_like(weight, device="cpu")
+                owner._parameters[name] = nn.Parameter(one, requires_grad=False)
+            for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
+                one = torch.ones_like(buffer, device="cpu")
+                owner._buffers[name] = one if buffer.is_meta else buffer.cpu()
         activation = activation.forward
     shapes = ((2,), (1, n_units), (1, 1, n_units), (1, n_units, 1, 1))
     for shape in shapes:
@@ -455,10 +419,5 @@ def _why_not_zero(activation: Callable[..., object], n_units: int) -> str:
             result = activation(torch.zeros(shape, device="cpu"))
             is_zero = not (isinstance(result, Tensor) and bool(result.any()))
             return "" if is_zero else "does not map 0 to 0"
-    return (
-        f"cannot be called with zeros of shape {' or '.join(map(str, shapes))}, to see what it does"
-    )
-
-
-def _name_of(activation: Callable[..., object]) -> str:
-    return getattr(activation, "__name__", type(activation).__name__)
+    tried = " or ".join(map(str, shapes))
+    return f"cannot be called with zeros of shape {tried}, to see what it does"

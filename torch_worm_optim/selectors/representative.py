@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# One place knows what to pass instead: the error of the default selector, which looks at the model.
-HINT_DEFAULT = (
-    "Leave out `selector=`: the default takes BatchNorm scales, or queries and keys, and where a "
-    "model has neither its error lists what there is to select."
-)
-
 
 class NothingFound(ValueError):  # noqa: N818
     """A model has nothing of what a selector looks for."""
+
+
+def nothing_found(what: str, model: nn.Module) -> NothingFound:
+    """That error, with one hint: the default selector looks at the model and lists the rest."""
+    return NothingFound(
+        f"{what} in {type(model).__name__}. Leave out `selector=`: the default takes BatchNorm "
+        "scales, or queries and keys, and where a model has neither its error lists what there is "
+        "to select."
+    )
 
 
 def log_left_out(selector: object, left_out: Mapping[str, str], why: str) -> None:
@@ -95,11 +98,9 @@ class Part:
 
     def __repr__(self) -> str:
         """What was given, and nothing of what was not."""
-        given = [repr(self.name)]
-        for field in ("view", "index", "units"):
-            if value := getattr(self, field):
-                given.append(f"{field}={value}")
-        text = ", ".join(given).replace("slice(None, None, None)", "slice(None)")
+        given = {"view": self.view, "index": self.index, "units": self.units}
+        text = ", ".join([repr(self.name), *(f"{key}={v}" for key, v in given.items() if v)])
+        text = text.replace("slice(None, None, None)", "slice(None)")
         return f"Part({text.replace(', None)', ')')})"
 
 
@@ -149,9 +150,9 @@ class Representative:
         following = (
             replace(ranked[0], name=f) if isinstance(f, str) else f for f in _listed(followers)
         )
-        object.__setattr__(self, "parts", ranked)
-        object.__setattr__(self, "followers", tuple(following))
-        object.__setattr__(self, "selector_index", selector_index)
+        vars(self).update(  # for the class is frozen
+            parts=ranked, followers=tuple(following), selector_index=selector_index
+        )
 
     @property
     def name(self) -> str:
@@ -170,13 +171,11 @@ class Representative:
     def __repr__(self) -> str:
         """As short as it could have been written."""
         first = self.parts[0]
-        text = ", ".join(repr(p.name if p == Part(p.name) else p) for p in self.parts)
-        text = text if len(self.parts) == 1 else f"({text})"
+        parts = tuple(p.name if p == Part(p.name) else p for p in self.parts)
+        text = repr(parts if len(parts) > 1 else parts[0])
         if self.followers:
-            alike = [
-                repr(f.name if f == replace(first, name=f.name) else f) for f in self.followers
-            ]
-            text += f", followers=({', '.join(alike)}{',' * (len(alike) == 1)})"
+            alike = (f.name if f == replace(first, name=f.name) else f for f in self.followers)
+            text += f", followers={tuple(alike)}"
         return f"Representative({text})"
 
 
@@ -232,7 +231,7 @@ class JoinedSelector(JoinableSelector):
         for selector in (self.first, self.second):
             if not callable(selector):
                 raise TypeError(
-                    f"`|` joins selectors, callables model -> list of Representative, "
+                    "`|` joins selectors, callables model -> list of Representative, "
                     f"got {selector!r}."
                 )
 
@@ -240,12 +239,7 @@ class JoinedSelector(JoinableSelector):
         """Both lists, one after the other."""
         first, second = list(self.first(model)), list(self.second(model))
         n_before = 1 + max((getattr(each, "selector_index", 0) for each in first), default=0)
-        return [
-            *first,
-            *(
-                replace(each, selector_index=each.selector_index + n_before)
-                if isinstance(each, Representative)
-                else each  # `select` refuses it, and says why
-                for each in second
-            ),
-        ]
+        for i, each in enumerate(second):
+            if isinstance(each, Representative):  # `select` refuses all else, and says why
+                second[i] = replace(each, selector_index=each.selector_index + n_before)
+        return first + second
