@@ -29,25 +29,15 @@ _VERSION = 3
 
 @dataclass
 class State:
-    """What a ``WormOptimizer`` remembers.
+    """What a ``WormOptimizer`` remembers."""
 
-    Attributes:
-        step: Optimizer steps taken.
-        phase: How far the search is.
-        history: All samples, oldest first.
-        search: What draws masks; None once there is a ticket.
-        ticket: The ticket; None before it is found.
-        restraint: What holds removed entries back, made from the mask when a step needs it.
-        warned: Topics of warnings that were given.
-    """
-
-    search: MaskSearch | None
+    search: MaskSearch | None  # what draws masks; None once there is a ticket
     ticket: Ticket | None = None
     step: int = 0
     phase: Phase = Phase.SEARCHING
     history: list[MaskSample] = field(default_factory=list)
-    restraint: Restraint | None = None
-    warned: set[str] = field(default_factory=set)
+    restraint: Restraint | None = None  # made from the mask when a step needs it
+    warned: set[str] = field(default_factory=set)  # topics of warnings that were given
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the restraint, whose tensors are views of this very model's."""

@@ -36,12 +36,7 @@ class _OncePerStep:
 
 
 class OptimizerWrapper(Optimizer):
-    """An optimizer that shares all it has with another one. A subclass defines ``step``.
-
-    Args:
-        base_optim (Optimizer): The optimizer to wrap; ``param_groups``, ``state`` and ``defaults``
-            are its own, not copies.
-    """
+    """An optimizer that shares all it has with another one. A subclass defines ``step``."""
 
     base_optim: Optimizer
 
@@ -106,11 +101,7 @@ class OptimizerWrapper(Optimizer):
         return attribute
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what points back at this very object.
-
-        Its hooks, as in every torch optimizer, and the ``step`` that an LR scheduler leaves on it,
-        with which a copy would step the original model.
-        """
+        """All but what points back at this object: hooks, and the ``step`` of an LR scheduler."""
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -153,9 +144,6 @@ class OptimizerWrapper(Optimizer):
         """The base optimizer's state, and what the wrapper has to remember beside it.
 
         It loads with ``torch.load(weights_only=True)``, and into the plain base optimizer too.
-
-        Returns:
-            A dict with ``"state"`` and ``"param_groups"``, as every torch optimizer's.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)

@@ -21,12 +21,7 @@ _WRAPPER_PREFIXES = (
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without what DDP, ``torch.compile`` and checkpoint wrappers add to it.
-
-    Example:
-        >>> canonical_name("module._orig_mod.layer1.bn.weight")
-        'layer1.bn.weight'
-    """
+    """The parameter's name without what DDP, ``torch.compile`` and other wrappers add to it."""
     while name.startswith(_WRAPPER_PREFIXES):
         name = name.partition(".")[2]
     for prefix in _WRAPPER_PREFIXES[1:]:
@@ -66,16 +61,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """The local tensor that another tensor would have if it were sharded as a parameter is.
-
-    Args:
-        whole: A plain tensor, the same on all ranks, or a DTensor sharded in any way (then this is
-            a collective call).
-        like: A parameter of that shape, plain or a DTensor.
-
-    Returns:
-        A view of ``whole`` where nothing has to be gathered.
-    """
+    """The part of a whole tensor, or of another DTensor, that belongs where ``like`` is local."""
     if is_dtensor(whole) and placement(whole) == placement(like):
         return local_tensor(whole)
     whole = whole_tensor(whole)

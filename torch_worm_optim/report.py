@@ -20,30 +20,18 @@ _NARROW = 0.1
 
 
 class KeptCount(NamedTuple):
-    """How much of one representative a mask keeps.
-
-    Attributes:
-        name: The parameter's name; where representatives are parts of one, it says which.
-        numel: How many entries, or units, it has.
-        kept: How many of them are kept; None before the first mask.
-        is_units: Whether units are counted.
-    """
+    """How much of one representative a mask keeps; ``kept`` is None before the first mask."""
 
     name: str
     numel: int
     kept: int | None
-    is_units: bool
+    is_units: bool  # whether units are counted, and not entries
 
 
 def kept_counts(
     representatives: Sequence[Representative], numels: Sequence[int], kept: Sequence[int | None]
 ) -> list[KeptCount]:
-    """The counts of representatives, each with a name of its own.
-
-    Example:
-        >>> kept_counts([Representative("module.bn.weight")], [8], [3])
-        [KeptCount(name='bn.weight', numel=8, kept=3, is_units=False)]
-    """
+    """The counts of representatives, each with a name of its own."""
     names = [canonical_name(each.name) for each in representatives]
     times = Counter(names)
     return [
@@ -100,18 +88,7 @@ def total(counts: Sequence[KeptCount]) -> KeptCount:
 
 
 def summary_text(counts: Sequence[KeptCount], phase: Phase, n_masks: int) -> str:
-    """A row for each representative, one for the total, and a line with the phase.
-
-    Example:
-        >>> from torch_worm_optim import Phase
-        >>> counts = [KeptCount("bn.weight", 8, 3, False), KeptCount("q", 4, 3, True)]
-        >>> print(summary_text(counts, Phase.CONVERGED, 7))
-        name       entries or units  kept   share
-        bn.weight                 8     3  37.5 %
-        q (units)                 4     3  75.0 %
-        total                    12     6  50.0 %
-        phase: converged, 7 masks drawn, the ticket counted
-    """
+    """A row for each representative, one for the total, and a line with the phase."""
     what = counted(counts)
     rows = [("name", what, "kept", "share")]
     for each in [*counts, total(counts)]:

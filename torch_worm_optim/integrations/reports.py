@@ -118,13 +118,7 @@ def unwrapped(optimizer: object) -> object:
 
 
 def one_example(batch: Any) -> Any:
-    """A copy of the first row of a batch's inputs, to shrink with.
-
-    Example:
-        >>> images, labels = torch.ones(8, 3), torch.ones(8)
-        >>> one_example((images, labels))
-        tensor([[1., 1., 1.]])
-    """
+    """A copy of the first row of a batch's inputs, to shrink with."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, (Tensor, Mapping)):
         raise ValueError(

@@ -22,14 +22,7 @@ _DIGIT = 16  # bits
 
 
 class Scores(NamedTuple):
-    """What one representative is ranked by.
-
-    Attributes:
-        name: The parameter's name, for messages.
-        numel: How many entries or units there are.
-        dtype: The dtype of the scores.
-        read: Returns the scores, in any shape.
-    """
+    """What one representative is ranked by; ``read`` returns the scores, in any shape."""
 
     name: str
     numel: int
@@ -40,14 +33,11 @@ class Scores(NamedTuple):
 class Mask(NamedTuple):
     """A mask, and whether magnitudes alone decided it.
 
-    Attributes:
-        kept: For each representative the packed bits of its mask, **True = kept**.
-        n_tied: How many entries have the highest magnitude that was removed, if some entries of
-            that magnitude were kept, so that their order decided which; else 0. The sum of these
-            where not all are ranked together.
+    ``n_tied`` entries have the highest magnitude that was removed, if entries of that magnitude
+    were kept as well, so that their order decided; else it is 0.
     """
 
-    kept: list[Bits]
+    kept: list[Bits]  # of each representative, True = kept
     n_tied: int
 
 

@@ -111,10 +111,6 @@ class SearchSettings:
             \text{else truncating if } \tfrac{1}{l-1} \sum_j d_j < s + \delta
 
         Nothing is decided before the window is full, and no phase is left for an earlier one.
-
-        Example:
-            >>> SearchSettings(window=3).next_phase(Phase.SEARCHING, (0.2, 0.05))
-            <Phase.TRUNCATING: 'truncating'>
         """
         if phase.converged:
             return phase

@@ -21,15 +21,7 @@ def unpack(bits: Bits, n: int) -> Tensor:
 
 
 class Window:
-    """The last masks of a search, packed in host memory wherever the weights are.
-
-    Example:
-        >>> window = Window(n_entries=3, n_masks=2)
-        >>> for mask in [[True, False, True], [True, True, False]]:
-        ...     window.push(pack(torch.tensor(mask)))
-        >>> window.distances()
-        (0.6666666666666666,)
-    """
+    """The last masks of a search, packed in host memory wherever the weights are."""
 
     def __init__(self, n_entries: int, n_masks: int) -> None:
         self.n_entries, self.n_masks = n_entries, n_masks

@@ -207,15 +207,7 @@ def _like_bits(mask: Tensor, tensor: Tensor) -> Tensor:
 
 
 def is_normalising(optimizer: Optimizer) -> bool:
-    """Whether an optimizer takes a constant factor in a gradient out again, as Adam does.
-
-    Example:
-        >>> parameter = torch.zeros(1, requires_grad=True)
-        >>> is_normalising(torch.optim.AdamW([parameter]))
-        True
-        >>> is_normalising(torch.optim.SGD([parameter]))
-        False
-    """
+    """Whether an optimizer takes a constant factor in a gradient out again, as Adam does."""
     return any(_NORMALISING.search(kind.__name__) for kind in type(optimizer).__mro__)
 
 

@@ -36,22 +36,12 @@ class PackedMask(NamedTuple):
 
 @dataclass
 class Ticket:
-    """Which entries are kept, and what is left of their parameters once the network is shrunk.
+    """Which entries are kept, and what is left of their parameters once the network is shrunk."""
 
-    Attributes:
-        masks: The mask of each parameter that is ranked or follows, by name, in the shape of the
-            dense network, **True = kept**; whole, also where parameters are sharded.
-        counts: What is kept of each representative.
-        kept: For each parameter that was cut the indices that stayed, as in ``ShrinkReport``, by
-            canonical name.
-        groups: For each grouped convolution's weight how many groups it has, likewise.
-        is_shrunk: Whether the network was shrunk.
-    """
-
-    masks: dict[str, PackedMask]
-    counts: list[KeptCount]
-    kept: dict[str, Kept] = field(default_factory=dict)
-    groups: dict[str, int] = field(default_factory=dict)
+    masks: dict[str, PackedMask]  # by parameter name, whole, in the dense shape, True = kept
+    counts: list[KeptCount]  # what is kept of each representative
+    kept: dict[str, Kept] = field(default_factory=dict)  # as in `ShrinkReport`, by canonical name
+    groups: dict[str, int] = field(default_factory=dict)  # likewise
     is_shrunk: bool = False
 
     @classmethod
