@@ -528,3 +528,34 @@ def test_half_precision_hides_no_difference(dtype):
 
     assert model[0].out_features == 8
     assert model[0].weight.dtype == dtype
+
+
+class Positions(nn.Module):
+    """Embeddings of words and places, as BERT adds them, and a feed-forward block."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
+        self.register_buffer("position_ids", torch.arange(6).unsqueeze(0))
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, words):
+        """Of each word."""
+        places = self.position_ids[:, : words.shape[1]]
+        return self.down(self.up(self.words(words) + self.places(places)).relu())
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_a_buffer_of_indices_stays_at_full_length_too(length):
+    """Once the slice of all position ids was cut to one entry, and the network refused whole."""
+    model = Positions()
+    with torch.no_grad():
+        model.up.weight[::2] = model.up.bias[::2] = 0
+    words = torch.arange(length).unsqueeze(0)
+    before = model(words)
+
+    shrink_(model, words)
+
+    assert model.up.out_features == 6
+    assert model.position_ids.shape == (1, 6)
+    torch.testing.assert_close(model(words), before)
