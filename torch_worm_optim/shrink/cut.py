@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from torch_worm_optim.shrink.resize import Sizes
-from torch_worm_optim.shrink.scatter import Scattered, gather_
+from torch_worm_optim.shrink.scatter import gather_, scatter_
 
 # For each dimension of a tensor which indices stay; None where all do.
 Kept = tuple["Tensor | None", ...]
@@ -63,8 +63,8 @@ class Cut:
             if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels
         }
         self.before = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
-        self._sizes = Sizes(model)
-        self._scattered = self._scattered_modules()
+        self.sizes = Sizes(model)
+        self.scattered: list[nn.Module] = []  # BatchNorms that write by index now
 
     def cut_(self, kept: Mapping[str, Kept]) -> None:
         """Cut parameters and buffers, and set what modules say of their sizes."""
@@ -74,27 +74,20 @@ class Cut:
                 smaller = cut_tensor(named[name], indices, self.groups.get(name, 1))
                 named[name].set_(smaller)  # type: ignore[call-overload]
                 self.kept[name] = composed(self.kept.get(name), indices)
-        self.update_attributes()
+        self.sizes.update()
 
-    def update_attributes(self) -> None:
-        """Have modules say of their sizes what their parameters are."""
-        self._sizes.update()
-
-    @property
-    def is_scattered(self) -> bool:
-        """Whether a BatchNorm writes by index now that did not before."""
-        return self._scattered_modules() != self._scattered
+    def scatter_(self, module: nn.Module, indices: Tensor, width: int) -> None:
+        """Have a BatchNorm write into a tensor of so many channels."""
+        scatter_(module, indices, width)
+        self.scattered.append(module)
 
     def undo(self) -> None:
         """Put everything back."""
-        for module in self._scattered_modules() - self._scattered:
+        for module in self.scattered:
             gather_(module)
         named = named_tensors(self.model)
         with torch.no_grad():
             for name, tensor in self.before.items():
                 if named[name].shape != tensor.shape:
                     named[name].set_(tensor)  # type: ignore[call-overload]
-        self._sizes.restore()
-
-    def _scattered_modules(self) -> set[nn.Module]:
-        return {module for module in self.model.modules() if isinstance(module, Scattered)}
+        self.sizes.restore()

@@ -1,20 +1,16 @@
-"""What is known of the tensors of a watched forward pass: labels of their indices, and zeros.
-
-Every index of every dimension of every tensor gets a label, an integer. Indices that can only be
-removed together, such as a convolution's output channel and the scale of the BatchNorm behind it,
-have labels that are joined.
-"""
+"""What is known of the tensors of a watched forward pass: labels of their indices, and zeros."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 Labels = npt.NDArray[np.int64]
@@ -23,6 +19,15 @@ Zeros = tuple[int, Flags]  # a dimension, and which of its indices are zero what
 
 # The label of all that must stay: spatial dimensions, inputs, outputs.
 PINNED = 0
+
+
+class Limits(NamedTuple):
+    """What may be cut, and how."""
+
+    cut_splits: bool = True  # lose channels that are split into parts, as many from each
+    cut_heads: bool = True  # lose runs of channels that a view makes an index of
+    multiple_of: int = 1
+    scattered: Sequence[str] = ()  # scales of BatchNorms that write into a wider tensor by index
 
 
 @dataclass
@@ -41,14 +46,8 @@ class Info:
 class LabelMap:
     """The labels of all tensors of a pass, and what joins, reads and pins them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        cut_splits: bool = True,
-        cut_heads: bool = True,
-        scattered: Collection[str] = (),
-    ) -> None:
-        self.cut_splits, self.cut_heads = cut_splits, cut_heads
+    def __init__(self, model: nn.Module, limits: Limits) -> None:
+        self.limits = limits
         self.n_labels = PINNED + 1
         self.joined: list[tuple[Labels, Labels]] = []
         self.pins: list[tuple[Labels, str]] = []
@@ -60,7 +59,7 @@ class LabelMap:
         # Activations are known as long as the forward itself keeps them.
         self._infos: Any = WeakIdKeyDictionary()
         self.named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.scattered = {id(self.named[name]) for name in scattered}
+        self.scattered = {id(self.named[name]) for name in limits.scattered}
         self.convolutions = {
             f"{name}.weight" for name, m in model.named_modules() if isinstance(m, _ConvNd)
         }
@@ -77,7 +76,7 @@ class LabelMap:
         """Give a tensor its labels, and the indices of a dimension that are zero."""
         info = self._infos.get(tensor)
         if info is None:
-            info = self._infos[tensor] = Info([], _storage(tensor))
+            info = self._infos[tensor] = Info([], tensor.untyped_storage().data_ptr())
         info.labels, info.strides = list(labels), tensor.stride()
         info.zeros = zeros if zeros is not None and zeros[1].any() else None
 
@@ -122,17 +121,10 @@ class LabelMap:
             self._joined_to_pinned.update(a[b == PINNED].tolist(), b[a == PINNED].tolist())
 
     def broadcast_join(self, size: int, places: Sequence[tuple[Tensor, int]]) -> Labels:
-        """Join a dimension of some size of several tensors, and return labels for it.
-
-        Along a dimension that a tensor was expanded in, as a mask is for all heads, it is the same
-        at all indices: any of them may go, and a forward that asks for another size gets it.
-        """
-        labels = [
-            each
-            for tensor, d in places
-            for each in (self.labels_of(tensor)[d],)
-            if tensor.stride(d) != 0 or each.any()
-        ]
+        """Join a dimension of some size of several tensors, and return labels for it."""
+        # A mask that was expanded for all heads is the same for each: any of them may go.
+        of_places = [(self.labels_of(tensor)[d], tensor.stride(d)) for tensor, d in places]
+        labels = [each for each, stride in of_places if stride != 0 or each.any()]
         for each in labels[1:]:
             self.join(labels[0], each)
         # Where indices of one are known to stay, they do in all.
@@ -165,8 +157,9 @@ class LabelMap:
         self.live_reads.append(labels[~sees_zero])
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def pinned(size: int) -> Labels:

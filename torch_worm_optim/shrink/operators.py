@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from torch_worm_optim.shrink.labels import Flags, LabelMap, all_zero, pinned
+from torch_worm_optim.shrink.labels import Flags, LabelMap, all_zero, pinned, tensors_in
 from torch_worm_optim.shrink.rearrange import rearrange
 
 Rule = Callable[[LabelMap, Any, Any, Any, Any], bool]
@@ -26,55 +26,44 @@ _aten = torch.ops.aten
 _PROBES = (-2.3, -0.6, 0.4, 1.7)
 
 
-def _operators(*names: str) -> set[Any]:
+def _operators(names: str) -> set[Any]:
     """Those of torch's operators that this release of torch has."""
-    return {getattr(_aten, name) for name in names if hasattr(_aten, name)}
+    return {getattr(_aten, name) for name in names.split() if hasattr(_aten, name)}
 
 
 # Operators that work entry by entry, beside those that torch marks so. Older ones mark fewer.
-_POINTWISE = _operators(
-    *("hardswish", "hardswish_", "_prelu_kernel", "_to_copy", "detach", "alias", "copy_"),
-    *("log_sigmoid_forward", "elu", "elu_", "gelu_", "hardtanh", "hardtanh_", "leaky_relu"),
-    *("masked_fill", "masked_fill_", "lift_fresh"),
-    *("leaky_relu_", "hardsigmoid", "hardsigmoid_", "mish", "mish_", "softplus", "celu", "selu"),
-)
-_BATCH_NORM = _operators(
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
-)
+_POINTWISE = _operators("""
+    hardswish hardswish_ _prelu_kernel _to_copy detach alias copy_ log_sigmoid_forward elu elu_
+    gelu_ hardtanh hardtanh_ leaky_relu leaky_relu_ masked_fill masked_fill_ lift_fresh hardsigmoid
+    hardsigmoid_ mish mish_ softplus celu selu
+""")
 # Operators that mix the last dimensions of each channel with one another, and of zeros make zeros.
-_SPATIAL = _operators(
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"),
-    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "avg_pool1d"),
-    *("adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
-    *("_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d"),
-    *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
-    *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
-)
+_SPATIAL = _operators("""
+    max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d
+    upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+""")
 # Operators whose result depends on what is picked. What one input picks another may not.
-PICKING = _operators("slice", "select", "index", "index_select", "gather", "embedding")
-_REARRANGING = PICKING | _operators(
-    *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t"),
-    *("expand", "repeat", "roll", "split", "split_with_sizes", "unbind"),
-)
+PICKING = _operators("slice select index index_select gather embedding")
+_REARRANGING = PICKING | _operators("""
+    view _unsafe_view reshape unsqueeze squeeze permute transpose t expand repeat roll split
+    split_with_sizes unbind
+""")
 # Operators that make a new tensor of a shape and read no values.
-FACTORIES = _operators(
-    *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like"),
-    *("empty_like", "full_like", "rand_like", "randn_like", "sym_size"),
-)
-
-
-# ---- operators that compute entry by entry
+FACTORIES = _operators("""
+    new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like rand_like
+    randn_like sym_size
+""")
 
 
 def _pointwise(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """A function of entries: indices of all tensors that broadcast to one index go together."""
-    result = out if isinstance(out, Tensor) else out[0]
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if any(isinstance(arg, Tensor) for arg in kwargs.values()):
+    result, tensors = tensors_in(out)[0], [arg for arg in args if isinstance(arg, Tensor)]
+    if tensors_in(kwargs):
         return False
-    n = result.dim()
-    labels = []
+    n, labels = result.dim(), []
     for d, size in enumerate(result.shape):
         places = [(each, d - n + each.dim()) for each in tensors if each.dim() >= n - d]
         for each, e in places:
@@ -83,20 +72,17 @@ def _pointwise(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> 
         same = [(each, e) for each, e in places if each.shape[e] == size]
         labels.append(known.broadcast_join(size, same))
     zeros_of = [(each, known.info(each).zeros) for each in tensors]
-    dim = next((zeros[0] - each.dim() for each, zeros in zeros_of if zeros is not None), None)
+    dims = [n + zeros[0] - each.dim() for each, zeros in zeros_of if zeros is not None]
     zeros = None
-    if dim is not None:
-        flags = [_zeros_from_end(known, each, dim, result.shape[dim]) for each in tensors]
-        zeros = n + dim, _zero_where(func, args, kwargs, np.stack(flags))
+    if dims:
+        d, flags = dims[0], np.zeros((len(tensors), result.shape[dims[0]]), dtype=bool)
+        for row, each in zip(flags, tensors, strict=True):
+            e = d - n + each.dim()
+            if e >= 0 and each.shape[e] in (1, len(row)):
+                row[:] = known.zeros_along(each, e)
+        zeros = d, _zero_where(func, args, kwargs, flags)
     known.label(result, labels, zeros)
     return True
-
-
-def _zeros_from_end(known: LabelMap, tensor: Tensor, dim: int, size: int) -> Flags:
-    """The zeros of an argument along a dimension that is counted from the end."""
-    if tensor.dim() < -dim or tensor.shape[dim] not in (1, size):
-        return np.zeros(size, dtype=bool)
-    return np.broadcast_to(known.zeros_along(tensor, tensor.dim() + dim), (size,))
 
 
 def _zero_where(func: Any, args: Any, kwargs: Any, flags: Flags) -> Flags:
@@ -121,11 +107,7 @@ def _at_probe(func: Any, args: Any, kwargs: Any, pattern: Flags, number: int) ->
             probe = torch.tensor(value, device=arg.device)
             arg = probe > 0 if arg.dtype == torch.bool else probe.to(arg.dtype)
         probes.append(arg)
-    value = func(*probes, **kwargs)
-    return bool(value if isinstance(value, Tensor) else value[0])
-
-
-# ---- operators that sum over channels
+    return bool(tensors_in(func(*probes, **kwargs))[0])
 
 
 def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
@@ -207,17 +189,7 @@ def _bmm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> boo
 def _baddbmm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """Products of matrices, and something added to them."""
     _bmm(known, func, args[1:], kwargs, out)
-    labels = known.labels_of(out)
-    for d, each in enumerate(known.labels_of(args[0]), start=3 - args[0].dim()):
-        if len(each) == out.shape[d]:
-            known.join(each, labels[d])
-        else:
-            known.pin(each, "broadcast")
-    known.label(out, labels)
-    return True
-
-
-# ---- operators within channels
+    return _pointwise(known, _aten.add.Tensor, (args[0], out), {}, out)
 
 
 def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
@@ -241,28 +213,27 @@ def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) ->
 
 def _mixed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Indices of some dimensions depend on one another, those of the others do not."""
-    x, results = args[0], [out] if isinstance(out, Tensor) else out
+    x, results = args[0], tensors_in(out)
     reason, mixing = _MIXING[func.overloadpacket]
-    dims, keeps_zeros = mixing(args)
+    dims, keeps_zeros = mixing(func, args)
     if not all(isinstance(d, int) for d in dims):
         return False
     mixed = {d % x.dim() for d in dims}
     labels, zeros = known.labels_of(x), known.info(x).zeros
     for d in mixed:
         known.pin(labels[d], reason)
-    for tensor in args[1:]:
-        if isinstance(tensor, Tensor):  # scales and shifts
-            known.pin_all(tensor, reason)
-    for number, result in enumerate(results):
+    for tensor in tensors_in(args[1:]):  # scales and shifts
+        known.pin_all(tensor, reason)
+    if zeros is not None and (zeros[0] in mixed or not keeps_zeros):
+        zeros = None
+    for result in results:
         left = [d for d in range(x.dim()) if result.dim() == x.dim() or d not in mixed]
         sizes = zip(left, result.shape, strict=True)
         of_result = [
             pinned(n) if d in mixed and n != len(labels[d]) else labels[d] for d, n in sizes
         ]
-        keeps = zeros is not None and keeps_zeros and zeros[0] not in mixed and number == 0
-        known.label(
-            result, of_result, (left.index(zeros[0]), zeros[1]) if zeros and keeps else None
-        )
+        known.label(result, of_result, zeros and (left.index(zeros[0]), zeros[1]))
+        zeros = None  # of a second result, as indices of maxima, none are known
     return True
 
 
@@ -275,9 +246,6 @@ def _glu(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> boo
     labels[dim] = labels[dim][:n]
     known.label(out, labels, (dim, zero))
     return True
-
-
-# ---- operators that put entries side by side, or look at them otherwise
 
 
 def _cat(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
@@ -325,51 +293,47 @@ def _as_strided(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor)
     return True
 
 
-# Why operators mix dimensions, which those are, given the arguments, and whether zeros along others
-# stay zeros. A dimension that is no number is not known.
-_Mixing = Callable[[Any], tuple[Iterable[Any], bool]]
-
-
-def _last(operator: Any) -> _Mixing:
-    n = int(re.findall(r"(\d)d", str(operator))[0])
-    return lambda args: (range(-n, 0), True)
-
-
-_MIXING: dict[Any, tuple[str, _Mixing]] = {
-    **{operator: ("spatial", _last(operator)) for operator in _SPATIAL},
+# Why operators mix dimensions, which those are, given the operator and its arguments, and whether
+# zeros along others stay zeros. A dimension that is no number is not known.
+_MIXING: dict[Any, tuple[str, Callable[[Any, Any], tuple[Iterable[Any], bool]]]] = {
     **dict.fromkeys(
-        _operators("mean", "sum", "amax", "amin", "max", "min"),
-        ("reduced", lambda args: (tree_leaves(args[1:2]) or [None], True)),
+        _SPATIAL,
+        ("spatial", lambda func, _: (range(-int(re.findall(r"(\d)d", str(func))[0]), 0), True)),
     ),
     **dict.fromkeys(
-        _operators("_softmax", "_safe_softmax", "_log_softmax"),
-        ("softmax", lambda args: (args[1:2], False)),
+        _operators("mean sum amax amin max min"),
+        ("reduced", lambda _, args: (tree_leaves(args[1:2]) or [None], True)),
     ),
     **dict.fromkeys(
-        _operators("native_layer_norm", "_fused_rms_norm"),
-        ("normalised over", lambda args: (range(-len(args[1]), 0), False)),
+        _operators("_softmax _safe_softmax _log_softmax"),
+        ("softmax", lambda _, args: (args[1:2], False)),
     ),
-    _aten.linalg_vector_norm: ("reduced", lambda args: (tree_leaves(args[2:3]) or [None], True)),
+    **dict.fromkeys(
+        _operators("native_layer_norm _fused_rms_norm"),
+        ("normalised over", lambda _, args: (range(-len(args[1]), 0), False)),
+    ),
+    _aten.linalg_vector_norm: ("reduced", lambda _, args: (tree_leaves(args[2:3]) or [None], True)),
     _aten.constant_pad_nd: (
         "padded",
-        lambda args: ([-1 - i // 2 for i, n in enumerate(args[1]) if n], not any(args[2:3])),
+        lambda _, args: ([-1 - i // 2 for i, n in enumerate(args[1]) if n], not any(args[2:3])),
     ),
 }
+_BATCH_NORM = """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _batch_norm_no_update cudnn_batch_norm miopen_batch_norm
+"""
 _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
-    **dict.fromkeys(_BATCH_NORM, _batch_norm),
+    **dict.fromkeys(_operators(_BATCH_NORM), _batch_norm),
     **dict.fromkeys(_MIXING, _mixed),
     **dict.fromkeys(_REARRANGING, rearrange),
+    **dict.fromkeys((_aten.addmm, _aten.mm), _linear),
+    **dict.fromkeys((_aten.cat, _aten.stack), _cat),
+    **dict.fromkeys((_aten.view_as_complex, _aten.view_as_real), _complex),
     _aten.convolution: _convolution,
-    _aten.addmm: _linear,
-    _aten.mm: _linear,
     _aten.bmm: _bmm,
     _aten.baddbmm: _baddbmm,
-    _aten.cat: _cat,
-    _aten.stack: _cat,
     _aten.glu: _glu,
-    _aten.view_as_complex: _complex,
-    _aten.view_as_real: _complex,
     _aten.as_strided_: _as_strided,
 }
 

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from torch_worm_optim.shrink.labels import Flags, LabelMap, Labels, Zeros, pinned
+from torch_worm_optim.shrink.labels import Flags, LabelMap, Labels, Zeros, pinned, tensors_in
 
 
 def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Entries moved, repeated, dropped: the numbers of indices, moved alike, tell where they go."""
     x, *rest = args
     name = func.overloadpacket.__name__
-    results = [out] if isinstance(out, Tensor) else list(out)
-    picks = [leaf for leaf in tree_leaves((rest, kwargs)) if isinstance(leaf, Tensor)]
+    results, picks = tensors_in(out), tensors_in((rest, kwargs))
     if any(each.dtype in (torch.bool, torch.uint8) for each in picks):
         return False  # how many indices a mask picks is another matter in every batch
     for each in picks:
@@ -50,11 +49,10 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
             continue
         shape = [-1 if e == d else 1 for e in range(x.dim())]
         grid = torch.as_tensor(numbers, dtype=torch.int32, device=x.device).view(shape)
-        moved = move(grid.expand(x.shape), *rest, **kwargs)
-        grids = [_varying(each) for each in ([moved] if isinstance(moved, Tensor) else moved)]
+        grids = [_varying(each) for each in tensors_in(move(grid.expand(x.shape), *rest, **kwargs))]
         for i, numbers in enumerate(grids):
             n_axes = sum(size > 1 for size in numbers.shape)
-            if n_axes > 1 and not (is_view and known.cut_heads):
+            if n_axes > 1 and not (is_view and known.limits.cut_heads):
                 known.pin(own, f"split by a {name}")
             elif n_axes:
                 found = _label_along(known, labels[i], own, is_zero, numbers)
@@ -62,7 +60,7 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
         orders = [each.ravel() for each in grids if each.size]
         if is_view or all(_is_whole(order, len(own)) for order in orders):
             continue
-        is_split = known.cut_splits and name in ("split", "split_with_sizes")
+        is_split = known.limits.cut_splits and name in ("split", "split_with_sizes")
         if is_split and len({len(order) for order in orders}) == 1:
             known.balanced.append([own[order] for order in orders])
         else:
@@ -111,10 +109,5 @@ def _label_along(
 
 def _is_whole(order: Labels, n: int) -> bool:
     """Whether all of n numbers are there, in order, each so many times, and perhaps over again."""
-    n_each = int((order != 0).argmax())
-    whole = np.repeat(np.arange(n), n_each)
-    return (
-        n_each > 0
-        and len(order) % len(whole) == 0
-        and bool((order.reshape(-1, len(whole)) == whole).all())
-    )
+    whole = np.repeat(np.arange(n), int((order != 0).argmax()))
+    return np.array_equal(order, np.tile(whole, len(order) // max(len(whole), 1)))

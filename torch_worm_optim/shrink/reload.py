@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_worm_optim.shrink.cut import Cut
 from torch_worm_optim.shrink.resize import states_its_size
-from torch_worm_optim.shrink.scatter import SCATTER, WIDTH, scatter_
+from torch_worm_optim.shrink.scatter import SCATTER, WIDTH
 
 
 def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -31,27 +31,23 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         >>> fresh[2].in_features
         3
     """
-    own = {
-        key: tensor
-        for key, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    }
+    named = model.state_dict(keep_vars=True).items()
+    own = {key: tensor for key, tensor in named if isinstance(tensor, Tensor)}
     # A file may hold a weight once that has several names, as an embedding that is read twice.
     saved_as = {id(tensor): key for key, tensor in own.items() if key in state_dict}
     aliases = {key: saved_as[id(own[key])] for key in own if id(own[key]) in saved_as}
     state_dict = {**{key: state_dict[alias] for key, alias in aliases.items()}, **state_dict}
     modules = dict(model.named_modules(remove_duplicate=False))
-    scattered = [
-        path
-        for path, module in modules.items()
-        if {f"{path}.{SCATTER}", f"{path}.{WIDTH}"} <= state_dict.keys() - own.keys()
-        and isinstance(module, _BatchNorm)
-    ]
-    extra = {f"{path}.{key}" for path in scattered for key in (SCATTER, WIDTH)}
-    saved = {key for key in state_dict if not key.endswith("_extra_state")}
+    unknown = {key for key in state_dict if not key.endswith("_extra_state")} ^ own.keys()
+    scattered = []
+    for path, module in modules.items():
+        extra = {f"{path}.{SCATTER}", f"{path}.{WIDTH}"}
+        if isinstance(module, _BatchNorm) and extra <= unknown - own.keys():
+            scattered.append(path)
+            unknown -= extra
     another = f"The state_dict is of another network than {type(model).__name__}: "
     built = "Build the network as it was built before it was shrunk."
-    if unknown := (own.keys() ^ saved) - extra:
+    if unknown:
         raise ValueError(f"{another}only one of them has {min(unknown)!r}. {built}")
     for key, tensor in own.items():
         entry = state_dict[key]
@@ -71,11 +67,11 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for path in scattered:
                 width = int(state_dict[f"{path}.{WIDTH}"])
-                scatter_(modules[path], state_dict[f"{path}.{SCATTER}"], width)
+                cut.scatter_(modules[path], state_dict[f"{path}.{SCATTER}"], width)
             for key, tensor in own.items():
                 if tensor.shape != state_dict[key].shape:
                     tensor.set_(tensor.new_empty(state_dict[key].shape))  # type: ignore[call-overload]
-        cut.update_attributes()
+        cut.sizes.update()
         model.load_state_dict(state_dict)
     except BaseException:
         cut.undo()
@@ -84,10 +80,7 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 def _could_be_cut(module: nn.Module, before: torch.Size, after: torch.Size) -> bool:
     """Whether shrinking could have made a parameter of a module that small."""
-    if before == after:
-        return True
-    if len(before) != len(after) or any(b < a for b, a in zip(before, after, strict=True)):
-        return False
-    if isinstance(module, nn.Embedding):
-        return before[0] == after[0]
-    return not states_its_size(module)
+    if before == after or len(before) != len(after) or states_its_size(module):
+        return before == after
+    n_rows = before[0] if isinstance(module, nn.Embedding) else after[0]
+    return after[0] == n_rows and all(a <= b for a, b in zip(after, before, strict=True))

@@ -122,9 +122,7 @@ class ShrinkReport:
             )
         ]
         lines.append(f"zero channels: {zero - stayed:,} of {zero:,} gone")
-        totals: Counter[str] = Counter()
-        for reasons in self.reasons.values():
-            totals.update(reasons)
+        totals: Counter[str] = sum(map(Counter, self.reasons.values()), Counter())
         lines += [f"  {n:,} stay: {reason}" for reason, n in totals.most_common()]
         smaller = [(name, *sizes) for name, sizes in self.layers.items() if sizes[0] > sizes[1]]
         smaller.sort(key=lambda each: each[2] - each[1])

@@ -14,7 +14,6 @@ import itertools
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_worm_optim._checks import check_count, warn_user
 from torch_worm_optim.distributed import canonical_name, is_dtensor
 from torch_worm_optim.shrink.cut import Cut, cut_tensor, named_tensors
+from torch_worm_optim.shrink.labels import Limits, tensors_in
 from torch_worm_optim.shrink.report import ShrinkReport
-from torch_worm_optim.shrink.scatter import can_scatter, scatter_
-from torch_worm_optim.shrink.trace import Recorder, Step, Trace, check_steps, trace_channels
+from torch_worm_optim.shrink.scatter import can_scatter
+from torch_worm_optim.shrink.trace import Step, Trace, check_steps, record, trace_channels
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -92,19 +92,11 @@ def shrink_(
         # less is cut: first channels stay that it splits into parts, or heads, or both, then
         # nothing is scattered.
         attempts = itertools.product(dict.fromkeys((scatter, False)), (True, False), (True, False))
-        problems: list[Exception] = []
         for scattering, cut_heads, cut_splits in attempts:
             cut = Cut(model)
-            trace = functools.partial(
-                trace_channels,
-                model,
-                *batch,
-                cut_splits=cut_splits,
-                cut_heads=cut_heads,
-                multiple_of=multiple_of,
-            )
+            limits = Limits(cut_splits, cut_heads, multiple_of)
             try:
-                found, result = _cut_all(cut, trace, run, scattering)
+                found, result = _cut_all(cut, batch, limits, run, scattering)
                 difference = _difference(expected.outputs, result.outputs)
                 if difference > _tolerance(expected.outputs):
                     raise RuntimeError(
@@ -117,7 +109,7 @@ def shrink_(
                 if not isinstance(error, Exception):
                     raise
                 traceback.clear_frames(error.__traceback__)  # which hold all that was computed
-                problems.append(error)
+                problem = error
         else:
             again = run().outputs
             if _difference(expected.outputs, again) > _tolerance(again):
@@ -128,14 +120,14 @@ def shrink_(
                 )
             raise RuntimeError(
                 f"Nothing was cut out of {type(model).__name__}. With as little cut as there is to "
-                f"try, what it computes would still have changed: {problems[-1]}. A forward that "
+                f"try, what it computes would still have changed: {problem}. A forward that "
                 "reads a number of channels from an attribute may do this. Shrink its parts one by "
                 "one, or leave such layers out of the selection."
-            ) from problems[-1]
+            ) from problem
     if scatter and not scattering:
         warn_user(
             f"BatchNorms of {type(model).__name__} cannot write by index into a wider tensor "
-            f"({problems[-1]}), so it was shrunk without `scatter`."
+            f"({problem}), so it was shrunk without `scatter`."
         )
     if optimizer is not None:
         _cut_state(optimizer, cut)
@@ -154,25 +146,16 @@ def shrink_(
         max_difference=difference,
         groups=cut.groups,
         shapes={name: cut.before[name].shape for name in cut.kept},
-        is_scattered=cut.is_scattered,
+        is_scattered=bool(cut.scattered),
     )
 
 
-class _Run(NamedTuple):
-    """What a forward pass returns and takes."""
-
-    outputs: list[Tensor]
-    steps: list[Step]
-    n_flops: int
-
-
 def _cut_all(
-    cut: Cut, trace: Callable[..., Trace], run: Callable[[], _Run], scatter: bool
+    cut: Cut, batch: tuple[Any, Any], limits: Limits, run: Callable[[], _Run], scatter: bool
 ) -> tuple[Trace, _Run]:
     """Cut out all that can go, and run what is left."""
-    _clear_eval_caches(cut.model)
-    found = trace()
-    cut.cut_(_kept_tensors(found))
+    found = trace_channels(cut.model, *batch, limits)
+    cut.cut_(found.kept)
     result = run()
     check_steps(found.steps, result.steps)
     if not scatter or not found.left:
@@ -180,22 +163,13 @@ def _cut_all(
     modules = dict(cut.model.named_modules())
     owners: dict[str, Any] = {name: modules[name.rpartition(".")[0]] for name in found.left}
     scattered = [name for name, module in owners.items() if can_scatter(module)]
-    _clear_eval_caches(cut.model)
-    rest = trace(scattered=scattered)
-    kept = _kept_tensors(rest)
+    rest = trace_channels(cut.model, *batch, limits._replace(scattered=scattered))
     for name in scattered:
-        if name in kept:
-            scatter_(owners[name], kept[name][0], owners[name].num_features)
-    cut.cut_(kept)
-    return replace(rest, n_zero=found.n_zero), run()
-
-
-def _kept_tensors(trace: Trace) -> dict[str, Any]:
-    """For each tensor that is cut the indices that stay, as tensors."""
-    return {
-        name: tuple(None if each is None else torch.from_numpy(each) for each in dims)
-        for name, dims in trace.kept.items()
-    }
+        [indices] = rest.kept.get(name, (None,))
+        if indices is not None:
+            cut.scatter_(owners[name], indices, owners[name].num_features)
+    cut.cut_(rest.kept)
+    return rest._replace(n_zero=found.n_zero), run()
 
 
 def _cut_state(optimizer: Optimizer, cut: Cut) -> None:
@@ -207,15 +181,13 @@ def _cut_state(optimizer: Optimizer, cut: Cut) -> None:
         if parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
             parameter.grad = smaller(gradient)
-        if parameter not in optimizer.state:
-            continue
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter, {})
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         if any(value.numel() > 1 and value.shape != shape for value in tensors.values()):
             del optimizer.state[parameter]
             reset.append(name)
-            continue
-        state.update({k: smaller(value) for k, value in tensors.items() if value.shape == shape})
+        else:
+            state.update({k: smaller(v) for k, v in tensors.items() if v.shape == shape})
     if reset:
         warn_user(
             f"{type(optimizer).__name__} keeps something of another shape than the parameter's for "
@@ -248,9 +220,6 @@ def _refuse_spread(model: nn.Module, optimizer: Optimizer | None) -> None:
         )
 
 
-# ---- the check
-
-
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with modes, buffers and random numbers put back afterwards."""
@@ -276,7 +245,13 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(caches)
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        _set_modes(model, modes)
+        # Those that override `train()` hear of it.
+        model.train(modes[0][1])
+        for module, training in modes:
+            if module.training is not training:
+                module.train(training)
+        for module, training in modes:
+            module.training = training
         named = dict(model.named_buffers())
         with torch.no_grad():
             for name, buffer in buffers.items():
@@ -284,32 +259,20 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
                     named[name].copy_(buffer)
 
 
-def _set_modes(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """Have each module be in its mode again, and those that override `train()` hear of it."""
-    model.train(modes[0][1])
-    for module, training in modes:
-        if module.training is not training:
-            module.train(training)
-    for module, training in modes:
-        module.training = training
+class _Run(NamedTuple):
+    """What a forward pass returns and takes."""
 
-
-def _clear_eval_caches(model: nn.Module) -> None:
-    """Have modules forget what they keep in evaluation, as LeViT's do their biases of positions."""
-    model.train()
-    model.eval()
+    outputs: list[Tensor]
+    steps: list[Step]
+    n_flops: int
 
 
 def _runner(model: nn.Module, batch: tuple[Any, Any]) -> Callable[[], _Run]:
     """What runs the model's forward; in single precision too, where half would hide differences."""
 
     def run(model: nn.Module = model, batch: tuple[Any, Any] = batch) -> _Run:
-        _clear_eval_caches(model)
-        recorder = Recorder()
-        with torch.no_grad(), torch.random.fork_rng(), recorder:
-            torch.manual_seed(0)
-            outputs = model(*batch[0], **batch[1])
-        return _Run(_tensors_of(outputs, model), recorder.steps, recorder.n_flops)
+        outputs, steps, n_flops = record(model, *batch)
+        return _Run(_tensors_of(outputs, model), steps, n_flops)
 
     def run_precisely() -> _Run:
         return run()._replace(outputs=run(copy.deepcopy(model).float(), single_batch).outputs)
@@ -326,12 +289,11 @@ def _runner(model: nn.Module, batch: tuple[Any, Any]) -> Callable[[], _Run]:
 
 def _tensors_of(outputs: Any, model: nn.Module) -> list[Tensor]:
     """The tensors that a model returns."""
-    leaves = tree_leaves(outputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = tensors_in(outputs)
     # What a decoder remembers of keys and values gets smaller with its heads.
     others = [
         leaf
-        for leaf in leaves
+        for leaf in tree_leaves(outputs)
         if not isinstance(leaf, (Tensor, int, float, str, type(None)))
         and not type(leaf).__name__.endswith("Cache")
     ]

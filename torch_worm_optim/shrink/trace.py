@@ -13,23 +13,30 @@ channels, never exactness.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from torch_worm_optim.shrink.labels import PINNED, Flags, LabelMap, Labels, Zeros, all_zero, pinned
+from torch_worm_optim.shrink.labels import (
+    PINNED,
+    LabelMap,
+    Labels,
+    Limits,
+    Zeros,
+    pinned,
+    tensors_in,
+)
 from torch_worm_optim.shrink.operators import FACTORIES, PICKING, rule_of
 from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 
@@ -43,112 +50,110 @@ _ARRANGING = re.compile(
 )
 
 
-@dataclass
-class Trace:
+class Trace(NamedTuple):
     """What a watched pass found."""
 
     # By name, for each dimension the indices that stay, or None if all do. Of a grouped
     # convolution's weight those of the second dimension are input channels, of all groups.
-    kept: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
-    left: dict[str, Counter[str]] = field(default_factory=dict)  # why zero channels stay
-    n_zero: int = 0
-    steps: list[Step] = field(default_factory=list)  # with the shapes that results will have
+    kept: dict[str, tuple[Tensor | None, ...]]
+    left: dict[str, Counter[str]]  # why zero channels stay
+    n_zero: int
+    steps: list[Step]  # with the shapes that results will have
 
 
 def trace_channels(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    cut_splits: bool = True,  # lose channels that are split into parts, as many from each
-    cut_heads: bool = True,  # lose runs of channels that a view makes an index of
-    scattered: Collection[str] = (),  # scales of BatchNorms that write into a wider tensor by index
-    multiple_of: int = 1,
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], limits: Limits
 ) -> Trace:
     """Watch a forward pass, and say what can be cut out of the model's parameters and buffers."""
-    known = LabelMap(model, cut_splits, cut_heads, scattered)
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    with torch.no_grad(), _Watch(known):
-        outputs = model(*args, **kwargs)
-    for tensor in (*inputs, *(o for o in tree_leaves(outputs) if isinstance(o, Tensor))):
+    known = LabelMap(model, limits)
+    for module in filter(states_its_size, model.modules()):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            known.pin_all(tensor, f"{type(module).__name__} states its size")
+    outputs = _watched(model, args, kwargs, functools.partial(_label, known))
+    for tensor in tensors_in((args, kwargs, outputs)):
         known.pin_all(tensor, "the model's output")
-    return _result(known, model, multiple_of)
+    return _result(known, model)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operators, and has their rules label what they return."""
-
-    def __init__(self, known: LabelMap) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.known = known
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operator, and label what it returns."""
-        known, kwargs = self.known, kwargs or {}
-        out = func(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if func.overloadpacket in FACTORIES:
-            # Nothing is known of their sizes, until something is written there.
-            for tensor in outputs:
-                known.label(tensor, [known.new(size) for size in tensor.shape])
-            return out
-        if not inputs:
-            return out
-        sources = [known.info(tensor).constant_of for tensor in inputs]
-        names = [each for each in sources if each is not None]
-        constant_of = frozenset[str]().union(*names) if len(names) == len(sources) else None
-        if not self._apply_rule(func, args, kwargs, out):
-            for tensor in inputs:
-                known.pin_all(tensor, f"unknown operator {func.overloadpacket}")
-            for tensor in outputs:
-                known.label(tensor, [pinned(size) for size in tensor.shape])
-        for tensor in _written(func, args, kwargs):
-            known.invalidate(tensor, depends_on_input=constant_of is None)
-        if constant_of is not None and func.overloadpacket not in PICKING:
-            for tensor in outputs:
-                known.info(tensor).constant_of = constant_of
-        if _computes(func):
-            known.steps.append((_name(func), [known.known_labels(each) for each in outputs]))
-        return out
-
-    def _apply_rule(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-        """Whether the operator, in this form, has a rule that knows it."""
-        rule = rule_of(func)
-        try:
-            return rule is not None and rule(self.known, func, args, kwargs, out)
-        except Exception:  # a fault of the rule costs channels, and is to be found
-            logger.debug("The rule for %s failed; what it touches stays.", func, exc_info=True)
-            return False
-
-
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes note of what operators return, and counts multiplications.
+def record(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, list[Step], int]:
+    """What a model returns, what its operators return, and how many operations those take.
 
     The module hooks of ``FlopCounterMode`` fail where a module gets a parameter as its input and no
     gradients are computed.
     """
+    steps: list[Step] = []
+    flops: list[int] = []
 
-    def __init__(self) -> None:
+    def take_note(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            flops.append(count(*args, **kwargs, out_val=out))
+        if _computes(func) and tensors_in((args, kwargs)):
+            shapes = tuple(tuple(each.shape) for each in tensors_in(out))
+            steps.append((func.overloadpacket.__name__, shapes))
+
+    return _watched(model, args, kwargs, take_note), steps, sum(flops)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells of each operator that runs: which it is, its arguments, and what it returns."""
+
+    def __init__(self, tell: Callable[[Any, Any, Any, Any], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[Step] = []
-        self.n_flops = 0
+        self.tell = tell
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator, and take note."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
-            self.n_flops += count(*args, **kwargs, out_val=out)
-        leaves = tree_leaves((args, kwargs))
-        if _computes(func) and any(isinstance(leaf, Tensor) for leaf in leaves):
-            outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            self.steps.append((_name(func), tuple(tuple(each.shape) for each in outputs)))
+        """Run an operator, and tell of it."""
+        out = func(*args, **kwargs or {})
+        self.tell(func, args, kwargs or {}, out)
         return out
+
+
+def _watched(model: nn.Module, args: Any, kwargs: Any, tell: Callable[..., None]) -> Any:
+    """What a model returns in evaluation mode, where `tell` hears of each operator."""
+    # Modules forget what they keep in evaluation, as LeViT's do their biases of positions.
+    model.train()
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(), _Watch(tell):
+        torch.manual_seed(0)
+        return model(*args, **kwargs)
+
+
+def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Label what an operator returned."""
+    inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
+    if func.overloadpacket in FACTORIES:
+        # Nothing is known of their sizes, until something is written there.
+        for tensor in outputs:
+            known.label(tensor, [known.new(size) for size in tensor.shape])
+        return
+    if not inputs:
+        return
+    sources = [known.info(tensor).constant_of for tensor in inputs]
+    names = [each for each in sources if each is not None]
+    constant_of = frozenset[str]().union(*names) if len(names) == len(sources) else None
+    rule = rule_of(func)
+    try:
+        is_known = rule is not None and rule(known, func, args, kwargs, out)
+    except Exception:  # a fault of the rule costs channels, and is to be found
+        logger.debug("The rule for %s failed; what it touches stays.", func, exc_info=True)
+        is_known = False
+    if not is_known:
+        for tensor in inputs:
+            known.pin_all(tensor, f"unknown operator {func.overloadpacket}")
+        for tensor in outputs:
+            known.label(tensor, [pinned(size) for size in tensor.shape])
+    for tensor in _written(func, args, kwargs):
+        known.invalidate(tensor, depends_on_input=constant_of is None)
+    if constant_of is not None and func.overloadpacket not in PICKING:
+        for tensor in outputs:
+            known.info(tensor).constant_of = constant_of
+    if _computes(func):
+        labels = [known.known_labels(each) for each in outputs]
+        known.steps.append((func.overloadpacket.__name__, labels))
 
 
 def check_steps(expected: Sequence[Step], seen: Sequence[Step]) -> None:
@@ -166,66 +171,51 @@ def check_steps(expected: Sequence[Step], seen: Sequence[Step]) -> None:
             )
 
 
-def _name(func: Any) -> str:
-    return str(func.overloadpacket).rpartition(".")[2]
-
-
 def _computes(func: Any) -> bool:
-    return func.overloadpacket not in FACTORIES and not _ARRANGING.search(_name(func))
+    packet = func.overloadpacket
+    return packet not in FACTORIES and not _ARRANGING.search(packet.__name__)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that an operator writes into."""
     arguments = func._schema.arguments
     given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
-    return [
-        leaf
-        for each in arguments
-        if each.alias_info is not None and each.alias_info.is_write
-        for leaf in tree_leaves(given.get(each.name))
-        if isinstance(leaf, Tensor)
-    ]
+    written = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
+    return tensors_in([given.get(name) for name in written])
 
 
-def _zero_channels(model: nn.Module) -> Iterator[tuple[str, Zeros]]:
+def _zero_channels(known: LabelMap, model: nn.Module) -> dict[str, Zeros]:
     """The zero channels of BatchNorms and linear layers, by the name of the scale or matrix."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names, zeros = {id(tensor): name for name, tensor in model.named_parameters()}, {}
     for module in model.modules():
-        weight, bias, dim = "weight", "bias", 0
-        if isinstance(module, nn.MultiheadAttention):
-            weight, bias = "in_proj_weight", "in_proj_bias"
-        elif is_conv1d(module):
-            dim = 1
-        elif not isinstance(module, (nn.Linear, _BatchNorm)):
+        prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
+        dim = int(is_conv1d(module))
+        if not (prefix or dim or isinstance(module, (nn.Linear, _BatchNorm))):
             continue
-        rows, shift = getattr(module, weight), getattr(module, bias)
+        rows, shift = (getattr(module, f"{prefix}{name}") for name in ("weight", "bias"))
         if id(rows) not in names or (isinstance(module, _BatchNorm) and shift is None):
             continue
-        matrix = rows.detach().movedim(dim, 0).unsqueeze(-1).flatten(1)
-        zero = all_zero(matrix, np.arange(matrix.shape[1]))
+        zero = known.zeros_along(rows, dim)
         if shift is not None:
-            zero &= (shift.detach() == 0).cpu().numpy()
+            zero = zero & known.zeros_along(shift, 0)
         if zero.any():
-            yield names[id(rows)], (dim, zero)
+            zeros[names[id(rows)]] = dim, zero
+    return zeros
 
 
-def _result(known: LabelMap, model: nn.Module, multiple_of: int) -> Trace:
+def _result(known: LabelMap, model: nn.Module) -> Trace:
     """Which indices of parameters and buffers stay, and which zeros stay and why."""
     root = _components(known.n_labels, known.joined)
     removable = np.ones(known.n_labels, dtype=bool)
     removable[root[PINNED]] = False
     why: dict[int, str] = {}
 
-    def keep(labels: Labels, reason: str) -> None:
+    def keep(labels: Labels, reason: str) -> bool:
         roots = root[labels]
         why.update(dict.fromkeys(roots[removable[roots]].tolist(), reason))
         removable[roots] = False
+        return len(roots) > 0
 
-    for module in model.modules():
-        if states_its_size(module):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                for labels in known.info(tensor).labels if tensor is not None else ():
-                    keep(labels, f"{type(module).__name__} states its size")
     for labels, reason in known.pins:
         keep(labels, reason)
     for labels in known.live_reads:
@@ -234,34 +224,48 @@ def _result(known: LabelMap, model: nn.Module, multiple_of: int) -> Trace:
     for info in infos.values():
         for labels in () if info.is_used else info.labels:
             keep(labels, "this forward does not use it")
-    roots_of = {name: [root[labels] for labels in info.labels] for name, info in infos.items()}
-    dims = [roots for of_dims in roots_of.values() for roots in of_dims]
-    balanced = [[root[part] for part in parts] for parts in known.balanced]
-    _round_kept(removable, dims, balanced, multiple_of, why)
-    stays, trace = ~removable[root], Trace()
+    # Sizes may have to be multiples of a number, and some parts as large as others.
+    changed = True
+    while changed:
+        changed = False
+        for labels in (each for info in infos.values() for each in info.labels):
+            roots = root[labels]
+            n_lacking = -int((~removable[roots]).sum()) % known.limits.multiple_of
+            lacking = roots[removable[roots]][:n_lacking]
+            changed |= keep(lacking, f"sizes stay a multiple of {known.limits.multiple_of}")
+            if len(roots) and removable[roots].all():
+                changed |= keep(roots[:1], "the last one of its layer")
+        for parts in known.balanced:
+            least = min(int(removable[root[part]].sum()) for part in parts)
+            least -= least == len(parts[0])
+            for part in parts:
+                surplus = part[removable[root[part]]][least:]
+                changed |= keep(surplus, "groups and split parts lose equal numbers")
+    stays = ~removable[root]
+    steps: list[Step] = []
     for operator, results in known.steps:
         shapes = (
             None if each is None else tuple(int(stays[labels].sum()) for labels in each)
             for each in results
         )
-        trace.steps.append((operator, tuple(shapes)))
+        steps.append((operator, tuple(shapes)))
+    kept, left = {}, {}
     for name, info in infos.items():
         dims = list(info.labels)
         if info.group_inputs is not None:
             dims[1] = info.group_inputs
         if not all(stays[labels].all() for labels in dims):
-            trace.kept[name] = tuple(
-                None if stays[labels].all() else np.flatnonzero(stays[labels]) for labels in dims
+            kept[name] = tuple(
+                None if stays[labels].all() else torch.from_numpy(np.flatnonzero(stays[labels]))
+                for labels in dims
             )
-    for name, (dim, zero) in dict(_zero_channels(model)).items():
-        trace.n_zero += int(zero.sum())
-        roots = roots_of[name][dim][zero]
-        reasons = [
-            why.get(r, "something that stays goes with it") for r in roots[~removable[roots]]
-        ]
-        if reasons:
-            trace.left[name] = Counter(reasons)
-    return trace
+    zeros = _zero_channels(known, model)
+    for name, (dim, zero) in zeros.items():
+        roots = root[infos[name].labels[dim][zero]]
+        staying = roots[~removable[roots]].tolist()
+        if staying:
+            left[name] = Counter(why.get(r, "something that stays goes with it") for r in staying)
+    return Trace(kept, left, sum(int(zero.sum()) for _, zero in zeros.values()), steps)
 
 
 def _components(n: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
@@ -279,35 +283,3 @@ def _components(n: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
         np.minimum.at(lowest, roots_b, least)
         while (lowest != lowest[lowest]).any():
             lowest = lowest[lowest]
-
-
-def _round_kept(
-    removable: Flags,
-    dims: Sequence[Labels],
-    balanced: Sequence[Sequence[Labels]],
-    multiple_of: int,
-    why: dict[int, str],
-) -> None:
-    """Have a multiple of some number stay of each dimension, and equal numbers of some parts."""
-
-    def keep(roots: Labels, reason: str) -> bool:
-        removable[roots] = False
-        for root in roots.tolist():
-            why.setdefault(root, reason)
-        return len(roots) > 0
-
-    changed = True
-    while changed:
-        changed = False
-        for roots in dims:
-            n_lacking = -int((~removable[roots]).sum()) % multiple_of
-            lacking = roots[removable[roots]][:n_lacking]
-            changed |= keep(lacking, f"sizes stay a multiple of {multiple_of}")
-            if len(roots) and removable[roots].all():
-                changed |= keep(roots[:1], "the last one of its layer")
-        for parts in balanced:
-            least = min(int(removable[part].sum()) for part in parts)
-            least -= least == len(parts[0])
-            for part in parts:
-                surplus = part[removable[part]][least:]
-                changed |= keep(surplus, "groups and split parts lose equal numbers")
