@@ -398,6 +398,22 @@ def test_an_operator_in_an_odd_form_costs_its_channels_only():
     assert report.channels == (8, 4)
 
 
+def test_grouped_transposed_convolutions_keep_their_channels_only():
+    """Those with several filters of each channel state sizes unlike those of other convolutions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1),
+        nn.ConvTranspose2d(4, 8, 2, groups=4), nn.Conv2d(8, 2, 1),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    shrink_(model, x)
+    torch.testing.assert_close(model(x), expected)
+    assert (model[0].out_channels, model[4].in_channels, model[4].out_channels) == (3, 4, 8)
+
+
 @pytest.fixture
 def fragile():
     """An operator that torch is told works entry by entry, and that does not run on everything."""

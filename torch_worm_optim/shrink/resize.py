@@ -33,16 +33,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
-def _is_resizable(module: nn.Module) -> bool:
-    """Whether a module works with parameters of other sizes once `Sizes.update` has run."""
-    kinds = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU, nn.Embedding)
-    return isinstance(module, kinds) or is_conv1d(module)
-
-
 def states_its_size(module: nn.Module) -> bool:
     """Whether it is a layer of torch that computes with sizes that are not set here."""
-    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
-    return kinds[0] is not nn.Module and not _is_resizable(module)
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    resizable = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU, nn.Embedding)
+    return next(kinds) is not nn.Module and not isinstance(module, resizable)
 
 
 class Sizes:
@@ -57,21 +52,14 @@ class Sizes:
         }
         # The matrices of each attention layer, with how many features those give and read.
         self._matrices: dict[nn.Module, list[tuple[nn.Module, str, int, int]]] = {}
-        modules = dict(model.named_modules())
-        for path, module in modules.items():
-            owner = self._counts_heads(modules, path)
-            for name, weight in module._parameters.items():
-                if owner is not None and weight is not None and weight.dim() > 1:
+        owners: dict[str, nn.Module | None] = {}  # the innermost that says how many heads it has
+        for path, module in model.named_modules():
+            has_heads = not self._said[module].keys().isdisjoint(_HEADS)
+            owner = owners[path] = module if has_heads else owners.get(path.rpartition(".")[0])
+            for name, weight in module.named_parameters(recurse=False):
+                if owner is not None and weight.dim() > 1:
                     matrix = (module, name, *_features(module, name))
                     self._matrices.setdefault(owner, []).append(matrix)
-
-    def _counts_heads(self, modules: dict[str, nn.Module], path: str) -> nn.Module | None:
-        """The innermost module around a path that says how many heads it has."""
-        while self._said[modules[path]].keys().isdisjoint(_HEADS):
-            if not path:
-                return None
-            path = path.rpartition(".")[0]
-        return modules[path]
 
     def update(self) -> None:
         """Have modules say of their sizes what their parameters are."""
@@ -109,10 +97,7 @@ def _features(module: nn.Module, name: str) -> tuple[int, int]:
 
 
 def _tell_compiler(model: nn.Module) -> None:
-    """Have torch.compile look at the shapes of parameters and buffers again.
-
-    It does so, in torch 2.11 at least, only for modules whose dicts of them have changed.
-    """
+    """Have torch.compile look at shapes again, as it does where dicts of parameters change."""
     for module in model.modules():
         dicts: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in dicts:
@@ -120,16 +105,16 @@ def _tell_compiler(model: nn.Module) -> None:
                 tensors[name] = tensors.pop(name)
 
 
-def _update(module: nn.Module) -> None:
+def _update(module: Any) -> None:
     """Have a layer say of its sizes what its parameters are."""
     if isinstance(module, _ConvNd):
         shape = module.weight.shape
-        if module.groups == module.in_channels and module.groups > 1:
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
+        elif module.groups == module.in_channels and module.groups > 1:
             multiplier = module.out_channels // module.in_channels
             module.groups = module.in_channels = shape[0] // multiplier
             module.out_channels = shape[0]
-        elif isinstance(module, _ConvTransposeNd):
-            module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
         else:
             module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
     elif isinstance(module, nn.Linear):
@@ -143,5 +128,4 @@ def _update(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
     elif is_conv1d(module):
-        sizes: Any = module
-        sizes.nx, sizes.nf = sizes.weight.shape
+        module.nx, module.nf = module.weight.shape
