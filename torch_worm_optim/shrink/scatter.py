@@ -39,8 +39,7 @@ def _scattered_class(kind: Any) -> Any:
 
 def _new(kind: Any) -> Any:
     """A scattered BatchNorm of a kind, without attributes."""
-    scattered = _scattered_class(kind)
-    return scattered.__new__(scattered)
+    return object.__new__(_scattered_class(kind))
 
 
 def scatter_(module: Any, indices: Tensor, width: int) -> None:

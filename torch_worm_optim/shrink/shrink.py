@@ -14,7 +14,7 @@ import itertools
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch_worm_optim.shrink.cut import Cut, cut_tensor, named_tensors
 from torch_worm_optim.shrink.labels import Limits, tensors_in
 from torch_worm_optim.shrink.report import ShrinkReport
 from torch_worm_optim.shrink.scatter import can_scatter
-from torch_worm_optim.shrink.trace import Step, Trace, check_steps, record, trace_channels
+from torch_worm_optim.shrink.trace import Run, Trace, check_steps, record, trace_channels
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -151,8 +151,8 @@ def shrink_(
 
 
 def _cut_all(
-    cut: Cut, batch: tuple[Any, Any], limits: Limits, run: Callable[[], _Run], scatter: bool
-) -> tuple[Trace, _Run]:
+    cut: Cut, batch: tuple[Any, Any], limits: Limits, run: Callable[[], Run], scatter: bool
+) -> tuple[Trace, Run]:
     """Cut out all that can go, and run what is left."""
     found = trace_channels(cut.model, *batch, limits)
     cut.cut_(found.kept)
@@ -259,22 +259,14 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
                     named[name].copy_(buffer)
 
 
-class _Run(NamedTuple):
-    """What a forward pass returns and takes."""
-
-    outputs: list[Tensor]
-    steps: list[Step]
-    n_flops: int
-
-
-def _runner(model: nn.Module, batch: tuple[Any, Any]) -> Callable[[], _Run]:
+def _runner(model: nn.Module, batch: tuple[Any, Any]) -> Callable[[], Run]:
     """What runs the model's forward; in single precision too, where half would hide differences."""
 
-    def run(model: nn.Module = model, batch: tuple[Any, Any] = batch) -> _Run:
-        outputs, steps, n_flops = record(model, *batch)
-        return _Run(_tensors_of(outputs, model), steps, n_flops)
+    def run(model: nn.Module = model, batch: tuple[Any, Any] = batch) -> Run:
+        result = record(model, *batch)
+        return result._replace(outputs=_tensors_of(result.outputs, model))
 
-    def run_precisely() -> _Run:
+    def run_precisely() -> Run:
         return run()._replace(outputs=run(copy.deepcopy(model).float(), single_batch).outputs)
 
     single_batch = tree_map(

@@ -61,6 +61,14 @@ class Trace(NamedTuple):
     steps: list[Step]  # with the shapes that results will have
 
 
+class Run(NamedTuple):
+    """What a forward pass returns, what its operators return, and how many operations they take."""
+
+    outputs: Any
+    steps: list[Step]
+    n_flops: int
+
+
 def trace_channels(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], limits: Limits
 ) -> Trace:
@@ -75,25 +83,20 @@ def trace_channels(
     return _result(known, model)
 
 
-def record(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Any, list[Step], int]:
-    """What a model returns, what its operators return, and how many operations those take.
-
-    The module hooks of ``FlopCounterMode`` fail where a module gets a parameter as its input and no
-    gradients are computed.
-    """
+def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:
+    """Take note of what operators return while a model runs, and count multiplications."""
     steps: list[Step] = []
     flops: list[int] = []
 
     def take_note(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        # The hooks of `FlopCounterMode` fail where a module gets a parameter as its input.
         if (count := flop_registry.get(func.overloadpacket)) is not None:
             flops.append(count(*args, **kwargs, out_val=out))
         if _computes(func) and tensors_in((args, kwargs)):
             shapes = tuple(tuple(each.shape) for each in tensors_in(out))
             steps.append((func.overloadpacket.__name__, shapes))
 
-    return _watched(model, args, kwargs, take_note), steps, sum(flops)
+    return Run(_watched(model, args, kwargs, take_note), steps, sum(flops))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
