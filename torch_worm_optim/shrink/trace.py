@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 from torch_worm_optim.shrink.labels import (
     PINNED,
+    Flags,
     LabelMap,
     Labels,
     Limits,
@@ -206,8 +207,8 @@ def _zero_channels(known: LabelMap, model: nn.Module) -> dict[str, Zeros]:
     return zeros
 
 
-def _result(known: LabelMap, model: nn.Module) -> Trace:
-    """Which indices of parameters and buffers stay, and which zeros stay and why."""
+def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
+    """For each label the one that stands for all it is joined with; which of those go; why not."""
     root = _components(known.n_labels, known.joined)
     removable = np.ones(known.n_labels, dtype=bool)
     removable[root[PINNED]] = False
@@ -223,15 +224,15 @@ def _result(known: LabelMap, model: nn.Module) -> Trace:
         keep(labels, reason)
     for labels in known.live_reads:
         keep(labels, "other layers write to the same channel (residual stream)")
-    infos = {name: known.info(tensor) for name, tensor in known.named.items()}
-    for info in infos.values():
+    infos = [known.info(tensor) for tensor in known.named.values()]
+    for info in infos:
         for labels in () if info.is_used else info.labels:
             keep(labels, "this forward does not use it")
     # Sizes may have to be multiples of a number, and some parts as large as others.
     changed = True
     while changed:
         changed = False
-        for labels in (each for info in infos.values() for each in info.labels):
+        for labels in (each for info in infos for each in info.labels):
             roots = root[labels]
             n_lacking = -int((~removable[roots]).sum()) % known.limits.multiple_of
             lacking = roots[removable[roots]][:n_lacking]
@@ -244,6 +245,12 @@ def _result(known: LabelMap, model: nn.Module) -> Trace:
             for part in parts:
                 surplus = part[removable[root[part]]][least:]
                 changed |= keep(surplus, "groups and split parts lose equal numbers")
+    return root, removable, why
+
+
+def _result(known: LabelMap, model: nn.Module) -> Trace:
+    """Which indices of parameters and buffers stay, and which zeros stay and why."""
+    root, removable, why = _removable(known)
     stays = ~removable[root]
     steps: list[Step] = []
     for operator, results in known.steps:
@@ -253,7 +260,8 @@ def _result(known: LabelMap, model: nn.Module) -> Trace:
         )
         steps.append((operator, tuple(shapes)))
     kept, left = {}, {}
-    for name, info in infos.items():
+    for name, tensor in known.named.items():
+        info = known.info(tensor)
         dims = list(info.labels)
         if info.group_inputs is not None:
             dims[1] = info.group_inputs
@@ -264,7 +272,7 @@ def _result(known: LabelMap, model: nn.Module) -> Trace:
             )
     zeros = _zero_channels(known, model)
     for name, (dim, zero) in zeros.items():
-        roots = root[infos[name].labels[dim][zero]]
+        roots = root[known.info(known.named[name]).labels[dim][zero]]
         staying = roots[~removable[roots]].tolist()
         if staying:
             left[name] = Counter(why.get(r, "something that stays goes with it") for r in staying)
