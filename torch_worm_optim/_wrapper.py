@@ -161,9 +161,6 @@ class OptimizerWrapper(Optimizer):
         ``prune_ratio``, ``scope``, ``min_keep``, ``window``) must be as it was; thresholds,
         ``truncation`` and cadence are those of this optimizer.
 
-        Args:
-            state_dict (dict): What :meth:`state_dict` returned.
-
         Raises:
             TypeError: If it is not a dict.
             ValueError: If it is truncated, or saved for other parameters or other masks; optimizer

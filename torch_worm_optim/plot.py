@@ -42,15 +42,10 @@ def plot_trajectory(
 
     Example:
         >>> from torch_worm_optim import MaskSample, Phase
-        >>> history = [
-        ...     MaskSample(100, (), None, None, Phase.SEARCHING),
-        ...     MaskSample(200, (0.3, 0.2), 0.3, 0.25, Phase.SEARCHING),
-        ...     MaskSample(300, (0.06, 0.04), 0.06, 0.05, Phase.CONVERGED),
-        ... ]
-        >>> ax = plot_trajectory(history)
-        >>> largest, mean, *_ = ax.get_lines()
+        >>> sample = MaskSample(300, (0.06, 0.04), 0.06, 0.05, Phase.CONVERGED)
+        >>> largest, mean, *_ = plot_trajectory([sample]).get_lines()
         >>> mean.get_xydata().tolist()
-        [[200.0, 0.25], [300.0, 0.05]]
+        [[300.0, 0.05]]
     """
     from torch_worm_optim.optimizer import WormOptimizer
 

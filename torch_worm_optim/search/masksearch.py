@@ -17,7 +17,7 @@ from torch_worm_optim.report import KeptCount, kept_counts
 from torch_worm_optim.search.mask import Mask, Scores, compute_mask, fingerprint, unit_magnitudes
 from torch_worm_optim.search.rule import MaskSample, Phase, SearchSettings
 from torch_worm_optim.search.window import Window, unpack
-from torch_worm_optim.selectors import Part, Representative
+from torch_worm_optim.selectors import Representative
 
 # When more than this share of the entries tie for a mask, their order decides more than training.
 _MANY_TIES = 0.05
@@ -141,14 +141,6 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _canonical(representative: Representative) -> str:
     """A representative in words that do not depend on how the model is wrapped."""
-
-    def bare(parts: Sequence[Part]) -> tuple[Part, ...]:
-        return tuple(replace(part, name=canonical_name(part.name)) for part in parts)
-
-    return repr(
-        replace(
-            representative,
-            parts=bare(representative.parts),
-            followers=bare(representative.followers),
-        )
-    )
+    bare = [replace(part, name=canonical_name(part.name)) for part in representative.members]
+    n = len(representative.parts)
+    return repr(Representative(bare[:n], bare[n:]))

@@ -144,13 +144,6 @@ class FeedForwardSelector(JoinableSelector):
         >>> FeedForwardSelector()(layer)
         [Representative(Part('linear1.weight', units=(32,)), followers=('linear1.bias',))]
 
-        With the heads of attention, as in EarlyBERT:
-
-        >>> from torch_worm_optim import QueryKeySelector
-        >>> heads = QueryKeySelector(value=True, granularity="head")
-        >>> [each.name for each in (heads | FeedForwardSelector())(layer)]
-        ['self_attn.in_proj_weight', 'linear1.weight']
-
     References:
         [1] Chen et al., "EarlyBERT", ACL 2021, https://arxiv.org/abs/2101.00063.
     """
