@@ -12,7 +12,8 @@ from strategies import DTYPES, grad_lists, shares
 from torch import nn
 
 from torch_worm_optim import ParameterSelector, Part, Representative, WormOptimizer
-from torch_worm_optim.ticket import is_normalising
+from torch_worm_optim._binding import Binding
+from torch_worm_optim.ticket import Restraint, Ticket, is_normalising
 
 HOLD = ("gradient", "update", "pruned")
 
@@ -125,6 +126,23 @@ def test_a_share_of_the_updates_of_removed_entries_is_left(pairs, truncation):
         expected = start.double() + truncation * (new.double() - start.double())
         tolerance = 8 * torch.finfo(new.dtype).eps
         assert (end.double() - expected)[~mask].abs().le(tolerance * 5).all()
+
+
+@given(shares, shares, shares)
+def test_a_step_is_the_formula(g, u, f):
+    """A removed entry becomes f (w + u (what the base does with g times its gradient))."""
+    model = nn.ParameterDict({"w": torch.tensor([1.0, 1.0], dtype=torch.float64)})
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    ticket = Ticket.given(model, {"w": torch.tensor([True, False])}, lambda _: [])
+    binding = Binding(model, base, ["w"])
+    restraint = Restraint(binding, ticket, set(), gradient=g, update=u, factor=f)
+
+    model["w"].grad = torch.full_like(model["w"], 3.0)
+    restraint.step(lambda closure: base.step(closure), None)
+
+    kept, removed = model["w"].tolist()
+    assert kept == 1 - 0.5 * 3
+    assert removed == pytest.approx(f * (1 - u * 0.5 * g * 3), abs=1e-12)
 
 
 @given(grad_lists())
