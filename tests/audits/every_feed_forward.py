@@ -2,10 +2,10 @@
 
     python tests/audits/every_feed_forward.py [transformers|timm] [name ...]
 
-Weights are random and biases too. Some units of every block are set to zero: then the columns that
-read them, which are found by looking at the inputs of all matrices, must be without influence on
-the output; and not so if other units are zero instead. What it finds missing is told by behaviour,
-too: any two matrices of which the second reads, column by column, what the rows of the first make.
+Weights and biases are random. Some units of every block are set to zero. The columns that read them
+are found by the inputs of all matrices: they must not influence the output any more, and must do so
+if other units are zero instead. Blocks that the selector misses are found by behaviour too: any two
+matrices of which the second reads, column by column, what the rows of the first make.
 """
 
 from __future__ import annotations

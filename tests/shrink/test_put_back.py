@@ -181,7 +181,7 @@ def test_what_a_layer_keeps_in_evaluation_is_forgotten():
 
 
 def test_no_more_activations_live_than_in_a_forward():
-    """Of a long chain of layers only what goes in and comes out of the one that runs."""
+    """Only the input and the output of the layer that runs are alive in a long chain of layers."""
     model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.ReLU())))
     seen: list[weakref.ref[Tensor]] = []
     n_alive = []

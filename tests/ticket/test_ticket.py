@@ -1,4 +1,4 @@
-"""A ticket by itself: what it fits, what follows what it has, and how it is applied."""
+"""Tickets without a search: models that they fit, followers that they lack, and their use."""
 
 from __future__ import annotations
 
