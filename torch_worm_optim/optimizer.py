@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
@@ -320,7 +321,12 @@ class WormOptimizer(OptimizerWrapper):
 
     @_untraced
     def shrink(
-        self, *args: Any, scatter: bool = False, multiple_of: int = 1, **kwargs: Any
+        self,
+        *args: Any,
+        batches: Iterable[Any] = (),
+        scatter: bool = False,
+        multiple_of: int = 1,
+        **kwargs: Any,
     ) -> ShrinkReport:
         """Cut what the ticket has removed out of the network, in place, and train on.
 
@@ -330,6 +336,8 @@ class WormOptimizer(OptimizerWrapper):
 
         Args:
             *args: One batch for the model, which is run in evaluation mode.
+            batches (iterable, optional): Further batches, where one does not use all of the model:
+                each a tensor, a tuple or a dict of keyword arguments (default: none).
             scatter (bool, optional): Whether BatchNorms that write into a wider residual stream are
                 narrowed too, see :func:`~torch_worm_optim.shrink_` (default: False).
             multiple_of (int, optional): What sizes that change are a multiple of; 8 suits tensor
@@ -350,14 +358,30 @@ class WormOptimizer(OptimizerWrapper):
                 f"There is nothing to shrink yet: the phase is {state.phase.value}. Call prune() "
                 "once `opt.converged`, and shrink then."
             )
-        report = shrink_(
-            self.model,
-            args,
-            kwargs,
-            optimizer=self.base_optim,
-            scatter=scatter,
-            multiple_of=multiple_of,
-        )
+        restraint = Restraint(self._binding, state.ticket, state.warned, gradient=0, factor=0)
+        # Other weights may have been loaded since, such as the best of those before pruning.
+        alive = [
+            (each, each.detach().clone())
+            for each, removed in restraint.held()
+            if each[removed.to(each.device)].any()
+        ]
+        try:
+            restraint.apply_()
+            report = shrink_(
+                self.model,
+                args,
+                kwargs,
+                optimizer=self.base_optim,
+                ticket={name: state.ticket.mask(name) for name in state.ticket.masks},
+                batches=batches,
+                scatter=scatter,
+                multiple_of=multiple_of,
+            )
+        except BaseException:
+            with torch.no_grad():
+                for tensor, values in alive:
+                    tensor.copy_(values)
+            raise
         state.ticket, state.restraint = state.ticket.shrunk(report), None
         self._binding.accept_shapes()
         logger.info("step %d: shrunk from %d parameters to %d", state.step, *report.parameters)

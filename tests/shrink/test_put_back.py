@@ -44,8 +44,12 @@ class Refused(nn.Module):
     ("kind", "error", "message"),
     [
         ("random", RuntimeError, "returns other outputs when it is called again"),
-        ("no tensors", TypeError, "returns type, in which shrinking cannot find the tensors"),
-        ("batch", RuntimeError, "expected input"),
+        ("no tensors", TypeError, "Refused returns no tensor"),
+        (
+            "batch",
+            RuntimeError,
+            r"Refused cannot be run with this batch .*expected input.* Pass the",
+        ),
         ("ddp", RuntimeError, r"Shrink its `\.module` on every rank"),
     ],
 )
@@ -67,8 +71,7 @@ def test_what_cannot_be_shrunk_is_left_as_it_was(kind, error, message):
         assert torch.equal(value, before[key])
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_break_leaves_everything_as_it_was(error):
+def test_a_break_leaves_everything_as_it_was():
     """Parameters, attributes, and what torch was told for the whole process."""
 
     class Breaks(Sequence):
@@ -76,7 +79,7 @@ def test_a_break_leaves_everything_as_it_was(error):
 
         def forward(self, x: Tensor) -> Tensor:
             if self.breaks and self[0].out_channels < 8:
-                raise error
+                raise KeyboardInterrupt
             return super().forward(x)
 
     model = Breaks()
@@ -84,7 +87,7 @@ def test_a_break_leaves_everything_as_it_was(error):
     model.breaks = True
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes = [set(vars(module)) for module in model.modules()]
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         shrink_(model, torch.randn(2, 3, 8, 8), scatter=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [set(vars(module)) for module in model.modules()] == attributes

@@ -24,7 +24,7 @@ def test_a_report_tells_what_a_person_asks():
     zero, stayed = report.channels
     assert stayed > 0
     assert f"zero channels: {zero - stayed} of {zero} gone" in text
-    assert "residual stream" in text
+    assert "a later BatchNorm makes something else of zero" in text
     assert report.as_dict()["zero_channels_left"] == stayed
     assert sum(n for each in report.reasons.values() for n in each.values()) == stayed
     assert report.parameters == tuple(map(sum, zip(*report.layers.values(), strict=True)))

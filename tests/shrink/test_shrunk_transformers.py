@@ -332,7 +332,9 @@ def test_the_last_head_and_the_last_row_stay():
         model.layers[0]["mlp"].fc1.weight.zero_()
         model.layers[0]["mlp"].fc1.bias.zero_()
     expected = model(batch())
-    report = shrink_(model, batch(1))
+    with pytest.warns(UserWarning, match="2 trainable parameters of Transformer were zero as a"):
+        report = shrink_(model, batch(1))
+    assert report.zero == ["layers.0.attention.qkv.weight", "layers.0.mlp.fc1.weight"]
     torch.testing.assert_close(model(batch()), expected)
     assert model.layers[0]["attention"].num_heads == 1
     assert model.layers[0]["mlp"].fc1.out_features == 1

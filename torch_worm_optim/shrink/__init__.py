@@ -3,6 +3,7 @@
 from torch_worm_optim.shrink.cut import Kept as Kept
 from torch_worm_optim.shrink.cut import composed as composed
 from torch_worm_optim.shrink.cut import cut_tensor as cut_tensor
+from torch_worm_optim.shrink.held import checked_ticket as checked_ticket
 from torch_worm_optim.shrink.reload import load_shrunk_ as load_shrunk_
 from torch_worm_optim.shrink.report import ShrinkReport as ShrinkReport
 from torch_worm_optim.shrink.shrink import shrink_ as shrink_

@@ -83,8 +83,8 @@ class Cut:
 
     def undo(self) -> None:
         """Put everything back."""
-        for module in self.scattered:
-            gather_(module)
+        while self.scattered:
+            gather_(self.scattered.pop())
         named = named_tensors(self.model)
         with torch.no_grad():
             for name, tensor in self.before.items():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,9 @@ class Limits(NamedTuple):
     cut_heads: bool = True  # lose runs of channels that a view makes an index of
     multiple_of: int = 1
     scattered: Sequence[str] = ()  # scales of BatchNorms that write into a wider tensor by index
+    stay: Mapping[
+        Any, str
+    ] = {}  # places of operators of which all stays that they touch, see trace
 
 
 @dataclass
@@ -51,10 +55,11 @@ class LabelMap:
         self.n_labels = PINNED + 1
         self.joined: list[tuple[Labels, Labels]] = []
         self.pins: list[tuple[Labels, str]] = []
-        self.live_reads: list[Labels] = []
+        self.joined_to_pinned: list[tuple[Labels, str]] = []
+        self.live_reads: list[tuple[Labels, str]] = []
+        self.losses: list[tuple[Labels, str]] = []  # where zeros end, and why
         self.balanced: list[list[Labels]] = []
-        # The operators that compute, in order, with the labels of what they return.
-        self.steps: list[tuple[str, list[list[Labels] | None]]] = []
+        self.operator = ""  # the one that is being labelled
         self._joined_to_pinned = {PINNED}
         # Activations are known as long as the forward itself keeps them.
         self._infos: Any = WeakIdKeyDictionary()
@@ -76,8 +81,9 @@ class LabelMap:
         """Give a tensor its labels, and the indices of a dimension that are zero."""
         info = self._infos.get(tensor)
         if info is None:
-            info = self._infos[tensor] = Info([], tensor.untyped_storage().data_ptr())
-        info.labels, info.strides = list(labels), tensor.stride()
+            info = self._infos[tensor] = Info([], _memory_of(tensor))
+        info.labels = list(labels)
+        info.strides = tensor.stride() if tensor.layout == torch.strided else ()
         info.zeros = zeros if zeros is not None and zeros[1].any() else None
 
     def info(self, tensor: Tensor) -> Info:
@@ -88,10 +94,8 @@ class LabelMap:
         return info
 
     def labels_of(self, tensor: Tensor) -> list[Labels]:
-        """The labels of a tensor that an operator uses."""
-        info = self.info(tensor)
-        info.is_used = True
-        return info.labels
+        """The labels of a tensor."""
+        return self.info(tensor).labels
 
     def known_labels(self, tensor: Tensor) -> list[Labels] | None:
         """The labels of a tensor, if anything is known of it."""
@@ -101,7 +105,8 @@ class LabelMap:
     def zeros_along(self, tensor: Tensor, dim: int) -> Flags:
         """Which indices of a dimension are zero whatever the input is."""
         known = self.known_zeros(tensor, dim)
-        if not known.any() and self.info(tensor).constant_of is not None:
+        is_constant = self.info(tensor).constant_of is not None
+        if is_constant and tensor.layout == torch.strided and not known.any():
             rows = tensor.detach().movedim(dim, 0).unsqueeze(-1)
             return all_zero(rows, np.arange(rows.shape[1]))
         return known
@@ -117,8 +122,14 @@ class LabelMap:
         """Have indices go together, one by one."""
         if a is not b:
             a, b = (each.ravel() for each in np.broadcast_arrays(a, b))
+            fixed = (a == PINNED) | (b == PINNED)
+            if fixed.any():
+                staying = (a + b)[fixed]
+                why = f"goes with something that stays, in `{self.operator}`"
+                self.joined_to_pinned.append((staying, why))
+                self._joined_to_pinned.update(staying.tolist())
+                a, b = a[~fixed], b[~fixed]
             self.joined.append((a, b))
-            self._joined_to_pinned.update(a[b == PINNED].tolist(), b[a == PINNED].tolist())
 
     def broadcast_join(self, size: int, places: Sequence[tuple[Tensor, int]]) -> Labels:
         """Join a dimension of some size of several tensors, and return labels for it."""
@@ -154,12 +165,43 @@ class LabelMap:
 
     def read(self, labels: Labels, sees_zero: Flags) -> None:
         """Take note of a sum over a dimension that sees zero at some indices."""
-        self.live_reads.append(labels[~sees_zero])
+        self.live_reads.append(
+            (labels[~sees_zero], f"`{self.operator}` reads more than zeros of it")
+        )
+
+    def lose(self, labels: Labels, why: str) -> None:
+        """Take note of why indices that were zero are so no longer."""
+        if len(labels):
+            self.losses.append((labels, why))
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """What tells tensors that share memory; a sparse one shares none that is known."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of what a model returns, those that its objects hold included."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    trees = [outputs]
+    for tree in trees:  # which grows
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif isinstance(leaf, np.ndarray):
+                found.append(torch.as_tensor(leaf))
+            # What a decoder remembers of keys and values gets smaller with its heads.
+            elif hasattr(leaf, "__dict__") and not type(leaf).__name__.endswith("Cache"):
+                if id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+                    trees.append(list(vars(leaf).values()))
+                seen.add(id(leaf))
+    return found
 
 
 def pinned(size: int) -> Labels:

@@ -81,8 +81,20 @@ def _pointwise(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> 
             if e >= 0 and each.shape[e] in (1, len(row)):
                 row[:] = known.zeros_along(each, e)
         zeros = d, _zero_where(func, args, kwargs, flags)
+        n_streams = sum(
+            each.is_floating_point() and known.info(each).constant_of is None for each in tensors
+        )
+        known.lose(labels[d][flags.any(0) & ~zeros[1]], _why_lost(known, n_streams))
     known.label(result, labels, zeros)
     return True
+
+
+def _why_lost(known: LabelMap, n_activations: int) -> str:
+    """Why a channel that was zero before an operator is not so behind it."""
+    if n_activations < 2:
+        return f"`{known.operator}` makes something else of zero"
+    way_out = "" if known.scattered else "; pass `scatter=True`"
+    return f"other layers write to the same channel (residual stream{way_out})"
 
 
 def _zero_where(func: Any, args: Any, kwargs: Any, flags: Flags) -> Flags:
@@ -203,6 +215,8 @@ def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) ->
             known.join(channels, known.labels_of(tensor)[0])
     if scale is not None and shift is not None:
         zero = known.zeros_along(scale, 0) & known.zeros_along(shift, 0)
+    lost = known.known_zeros(x, 1) & ~zero
+    known.lose(channels[lost], "a later BatchNorm makes something else of zero")
     if id(scale) in known.scattered:
         # What is written into the wider tensor is read there: only zeros may be left out.
         known.read(channels, zero)

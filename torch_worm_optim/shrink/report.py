@@ -29,6 +29,9 @@ class ShrinkReport:
             stayed, for each reason how many. A row of a matrix is a channel, so a head is as many
             as its queries, keys and values have rows.
         channels: How many zero channels there were, and how many of them stayed.
+        unused: The names of parameters that no batch used, which stay as they are.
+        zero: The names of trainable matrices and scales that were zero as a whole and were cut, if
+            there was no ticket.
         max_difference: The largest difference of outputs before and after, over the largest output.
 
     Example:
@@ -57,6 +60,8 @@ class ShrinkReport:
     reasons: Mapping[str, Mapping[str, int]]
     channels: tuple[int, int]
     max_difference: float
+    unused: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
     groups: dict[str, int] = field(default_factory=dict, repr=False)
     shapes: dict[str, torch.Size] = field(default_factory=dict, repr=False)
     is_scattered: bool = field(default=False, repr=False)
@@ -68,6 +73,10 @@ class ShrinkReport:
             name: ", ".join(f"{why}: {n}" for why, n in each.items())
             for name, each in self.reasons.items()
         }
+
+    def totals(self) -> list[tuple[str, int]]:
+        """For each reason how many zero channels stayed, the most frequent first."""
+        return sum(map(Counter, self.reasons.values()), Counter[str]()).most_common()
 
     def as_dict(self) -> dict[str, float]:
         """The figures of the whole network as numbers, for a logger."""
@@ -122,8 +131,9 @@ class ShrinkReport:
             )
         ]
         lines.append(f"zero channels: {zero - stayed:,} of {zero:,} gone")
-        totals: Counter[str] = sum(map(Counter, self.reasons.values()), Counter())
-        lines += [f"  {n:,} stay: {reason}" for reason, n in totals.most_common()]
+        lines += [f"  {n:,} stay: {reason}" for reason, n in self.totals()]
+        if self.unused:
+            lines.append(f"not used by this batch: {len(self.unused)} parameters, {self.unused[0]}")
         smaller = [(name, *sizes) for name, sizes in self.layers.items() if sizes[0] > sizes[1]]
         smaller.sort(key=lambda each: each[2] - each[1])
         lines += ["layers that changed most:"] if smaller else []

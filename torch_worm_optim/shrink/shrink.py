@@ -13,25 +13,42 @@ import functools
 import itertools
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from torch_worm_optim._checks import check_count, warn_user
 from torch_worm_optim.distributed import canonical_name, is_dtensor
 from torch_worm_optim.shrink.cut import Cut, cut_tensor, named_tensors
-from torch_worm_optim.shrink.labels import Limits, tensors_in
+from torch_worm_optim.shrink.held import held_masks, only_held_zeros
+from torch_worm_optim.shrink.labels import Limits, tensors_of
 from torch_worm_optim.shrink.report import ShrinkReport
 from torch_worm_optim.shrink.scatter import can_scatter
-from torch_worm_optim.shrink.trace import Run, Trace, check_steps, record, trace_channels
+from torch_worm_optim.shrink.trace import (
+    ComputesOtherwiseError,
+    Pass,
+    Place,
+    Run,
+    Step,
+    Trace,
+    check_steps,
+    first_difference,
+    first_other_value,
+    last_places,
+    magnitudes,
+    record,
+    trace_channels,
+)
 
 _HALF = (torch.float16, torch.bfloat16)
+# How often what one more operator touches is kept before less is cut everywhere.
+_MOST_TRIES = 8
 
 
 def shrink_(
@@ -40,6 +57,8 @@ def shrink_(
     kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizer | None = None,
+    ticket: Mapping[str, Tensor] | None = None,
+    batches: Iterable[Any] = (),
     scatter: bool = False,
     multiple_of: int = 1,
 ) -> ShrinkReport:
@@ -49,7 +68,7 @@ def shrink_(
     the convolution's filter before them and the columns behind them along, and a row of a linear
     layer the column that reads it; of attention whole heads go. What the network computes stays the
     same to rounding, in evaluation and in training, and so does what further training makes of it.
-    A branch that runs in training alone is not seen.
+    Where a forward states a width, what that operator touches stays.
 
     Args:
         model: The network, on any device, in any dtype.
@@ -57,6 +76,11 @@ def shrink_(
             mode, a few times.
         kwargs: Keyword arguments of the same call.
         optimizer: An optimizer of the model, whose state is cut alike.
+        ticket: Bool masks by parameter name, True = kept, that were applied to the model. Of
+            trainable parameters only zeros that it removes count then; others are values that
+            training will move. Without it every zero counts.
+        batches: Further batches, for a model that takes several ways, such as several heads. Each
+            is a tensor or a tuple, as ``args``, or a dict of keyword arguments.
         scatter: Whether BatchNorms that write into a wider residual stream are narrowed as well;
             their class then is one that writes by index.
         multiple_of: Zero channels stay until the sizes that change are multiples of it. With 8, and
@@ -83,26 +107,18 @@ def shrink_(
     multiple_of = check_count("multiple_of", multiple_of, least=1)
     _refuse_spread(model, optimizer)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has around it
-    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-    batch = args, dict(kwargs or {})
+    masks = None if ticket is None else held_masks(model, ticket)
+    passes = [_pass(args, kwargs), *(_pass(each) for each in batches)]
     with _evaluation(model):
-        run = _runner(model, batch)
-        expected = run()
-        # A forward may read a number of channels from an attribute of its own. Then it fails, and
-        # less is cut: first channels stay that it splits into parts, or heads, or both, then
-        # nothing is scattered.
+        passes, run, expected = _runner(model, passes)
         attempts = itertools.product(dict.fromkeys((scatter, False)), (True, False), (True, False))
-        for scattering, cut_heads, cut_splits in attempts:
+        scattering, cut_heads, cut_splits = next(attempts)
+        stay: dict[Place, str] = {}
+        for n_tries in itertools.count(1):
             cut = Cut(model)
-            limits = Limits(cut_splits, cut_heads, multiple_of)
+            limits = Limits(cut_splits, cut_heads, multiple_of, stay=stay)
             try:
-                found, result = _cut_all(cut, batch, limits, run, scattering)
-                difference = _difference(expected.outputs, result.outputs)
-                if difference > _tolerance(expected.outputs):
-                    raise RuntimeError(
-                        f"outputs differ by {difference:.2g} of the largest, and rounding would "
-                        f"explain {_tolerance(expected.outputs):.2g}"
-                    )
+                found, result = _cut_all(cut, masks, passes, limits, run, expected, scattering)
                 break
             except BaseException as error:  # whatever a forward may raise
                 cut.undo()
@@ -110,20 +126,18 @@ def shrink_(
                     raise
                 traceback.clear_frames(error.__traceback__)  # which hold all that was computed
                 problem = error
-        else:
-            again = run().outputs
-            if _difference(expected.outputs, again) > _tolerance(again):
-                raise RuntimeError(
-                    f"{type(model).__name__} returns other outputs when it is called again with "
-                    "the same batch in evaluation mode, so nobody can tell whether shrinking "
-                    "changes them. Shrink the part of it that is not random."
-                )
-            raise RuntimeError(
-                f"Nothing was cut out of {type(model).__name__}. With as little cut as there is to "
-                f"try, what it computes would still have changed: {problem}. A forward that "
-                "reads a number of channels from an attribute may do this. Shrink its parts one by "
-                "one, or leave such layers out of the selection."
-            ) from problem
+            # A forward may state a width. What the operator touches that fails then stays. If that
+            # does not help, less is cut everywhere: first channels stay that are split into
+            # parts, or heads, or both, then nothing is scattered.
+            to_keep = getattr(problem, "stay", ())
+            more = next((each for each in to_keep if each.keys() - stay.keys()), None)
+            if more and n_tries <= _MOST_TRIES:
+                stay = {**more, **stay}
+                continue
+            try:
+                scattering, cut_heads, cut_splits = next(attempts)
+            except StopIteration:
+                _refuse(model, expected, run, problem)
     if scatter and not scattering:
         warn_user(
             f"BatchNorms of {type(model).__name__} cannot write by index into a wider tensor "
@@ -136,40 +150,134 @@ def shrink_(
         layer = name.rpartition(".")[0] or name
         before, after = layers.get(layer, (0, 0))
         layers[layer] = (before + cut.before[name].numel(), after + parameter.numel())
-    return ShrinkReport(
+    report = ShrinkReport(
         parameters=(sum(n for n, _ in layers.values()), sum(n for _, n in layers.values())),
         macs=(expected.n_flops // 2, result.n_flops // 2),
         layers=layers,
         kept=cut.kept,
         reasons=found.left,
         channels=(found.n_zero, sum(n for each in found.left.values() for n in each.values())),
-        max_difference=difference,
+        max_difference=_difference(expected.outputs, result.outputs),
+        unused=[name for name, p in model.named_parameters() if id(p) not in expected.used],
+        zero=[] if masks is not None else _whole_zeros(model, cut),
         groups=cut.groups,
         shapes={name: cut.before[name].shape for name in cut.kept},
         is_scattered=bool(cut.scattered),
     )
+    if masks is None or not all(mask.all() for mask in masks.values()):
+        _warn(report, model)
+    return report
+
+
+def _pass(args: Any, kwargs: Mapping[str, Any] | None = None) -> Pass:
+    """A call of the model with what was given for it: a tensor, a tuple, or a dict of keywords."""
+    if isinstance(args, Mapping) and kwargs is None:
+        return Pass((), args)
+    return Pass(tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs or {})
+
+
+def _whole_zeros(model: nn.Module, cut: Cut) -> list[str]:
+    """Trainable matrices and scales that were zero as a whole, of those that were cut."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    names = [name for name in cut.kept if name in trainable and not name.endswith("bias")]
+    return [name for name in names if not cut.before[name].any()]
+
+
+def _warn(report: ShrinkReport, model: nn.Module) -> None:
+    """Warn of what a user may not have wanted."""
+    kind, trainable = type(model).__name__, dict(model.named_parameters())
+    unused = [name for name in report.unused if trainable[name].requires_grad]
+    if not report.kept:
+        why = [f"{n:,} zero channels stay: {reason}" for reason, n in report.totals()[:3]]
+        none = "no channel is zero as a whole, single weights at most"
+        warn_user(f"Nothing was cut out of {kind}: {'; '.join(why) or none}.")
+    elif unused:
+        warn_user(
+            f"This batch does not use {len(unused)} trainable parameters of {kind}, {unused[0]!r} "
+            "among them. They stay as they are, and may no longer fit what they read. Pass further "
+            "batches that use them as `batches=[...]`."
+        )
+    if report.zero:
+        warn_user(
+            f"{len(report.zero)} trainable parameters of {kind} were zero as a whole, "
+            f"{report.zero[0]!r} among them, and what multiplies them was cut. If training is to "
+            "move them, pass the `ticket`, so that only what it removes goes."
+        )
+
+
+def _refuse(model: nn.Module, expected: Run, run: Any, problem: Exception) -> NoReturn:
+    """Raise for a network of which nothing can be cut."""
+    again = run([]).outputs
+    if _difference(expected.outputs, again) > _tolerance(again):
+        raise RuntimeError(
+            f"{type(model).__name__} returns other outputs when it is called again with the same "
+            "batch in evaluation mode, so nobody can tell whether shrinking changes them. Shrink "
+            "the part of it that is not random."
+        )
+    raise RuntimeError(
+        f"Nothing was cut out of {type(model).__name__}. With as little cut as there is to try, "
+        f"what it computes would still have changed: {problem}. A forward that reads a number of "
+        "channels from an attribute may do this. Shrink its parts one by one, or leave such layers "
+        "out of the selection."
+    ) from problem
 
 
 def _cut_all(
-    cut: Cut, batch: tuple[Any, Any], limits: Limits, run: Callable[[], Run], scatter: bool
+    cut: Cut,
+    masks: Mapping[str, Tensor] | None,
+    passes: Sequence[Pass],
+    limits: Limits,
+    run: Callable[[list[Step]], Run],
+    expected: Run,
+    scatter: bool,
 ) -> tuple[Trace, Run]:
     """Cut out all that can go, and run what is left."""
-    found = trace_channels(cut.model, *batch, limits)
+    with only_held_zeros(cut, masks):
+        found = trace_channels(cut.model, passes, limits)
     cut.cut_(found.kept)
-    result = run()
-    check_steps(found.steps, result.steps)
+    steps: list[Step] = []
+    try:
+        result = run(steps)
+    except Exception as error:
+        _, to_keep = first_difference(found, steps)
+        raise ComputesOtherwiseError(f"{type(error).__name__}: {error}", to_keep) from error
+    check_steps(found, result)
+    if message := _difference_of(expected, result):
+        after = magnitudes(cut.model, passes)
+        cut.undo()
+        before = magnitudes(cut.model, passes, found)
+        number = first_other_value(before, after, _tolerance(expected.outputs))
+        raise ComputesOtherwiseError(message, last_places(found, number))
     if not scatter or not found.left:
         return found, result
     modules = dict(cut.model.named_modules())
     owners: dict[str, Any] = {name: modules[name.rpartition(".")[0]] for name in found.left}
     scattered = [name for name, module in owners.items() if can_scatter(module)]
-    rest = trace_channels(cut.model, *batch, limits._replace(scattered=scattered))
+    with only_held_zeros(cut, masks):
+        rest = trace_channels(cut.model, passes, limits._replace(scattered=scattered))
     for name in scattered:
         [indices] = rest.kept.get(name, (None,))
         if indices is not None:
             cut.scatter_(owners[name], indices, owners[name].num_features)
     cut.cut_(rest.kept)
-    return rest._replace(n_zero=found.n_zero), run()
+    result = run([])
+    if message := _difference_of(expected, result):
+        raise RuntimeError(message)
+    return rest._replace(n_zero=found.n_zero), result
+
+
+def _difference_of(expected: Run, result: Run) -> str:
+    """What to say of outputs that differ; nothing where they do not."""
+    difference, rounding = (
+        _difference(expected.outputs, result.outputs),
+        _tolerance(expected.outputs),
+    )
+    if difference <= rounding:
+        return ""
+    return (
+        f"outputs differ by {difference:.2g} of the largest, and rounding would explain "
+        f"{rounding:.2g}"
+    )
 
 
 def _cut_state(optimizer: Optimizer, cut: Cut) -> None:
@@ -255,45 +363,65 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         named = dict(model.named_buffers())
         with torch.no_grad():
             for name, buffer in buffers.items():
-                if named[name].shape == buffer.shape and not torch.equal(named[name], buffer):
+                if named[name].shape != buffer.shape:
+                    continue
+                if buffer.layout != torch.strided or not torch.equal(named[name], buffer):
                     named[name].copy_(buffer)
 
 
-def _runner(model: nn.Module, batch: tuple[Any, Any]) -> Callable[[], Run]:
-    """What runs the model's forward; in single precision too, where half would hide differences."""
+def _runner(
+    model: nn.Module, passes: list[Pass]
+) -> tuple[list[Pass], Callable[[list[Step]], Run], Run]:
+    """The passes to watch, what runs them in a precision that shows differences, and a run."""
+    try:
+        first = record(model, passes, [])
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be run with this batch ({type(error).__name__}: "
+            f"{message}). Pass the arguments of one call, as in training: shrink(images) for "
+            "model(images), shrink(**batch) for model(**batch)."
+        ) from error
+    unused = [p for p in model.parameters() if p.requires_grad and id(p) not in first.used]
+    if unused:  # Some parts run in training alone. In others a batch of its own is needed.
+        in_training = [*passes, *(each._replace(training=True) for each in passes)]
+        with contextlib.suppress(Exception):  # a model that needs labels then
+            again = record(model, in_training, [])
+            if any(id(p) in again.used for p in unused):
+                passes, first = in_training, again
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    is_half = any(p.dtype in _HALF for p in model.parameters())
+    dtype = None
+    if first.n_certain < len(first.steps):  # how many boxes are found is a matter of rounding
+        dtype = torch.float64
+    elif is_half or torch.is_autocast_enabled(device):
+        dtype = torch.float32
 
-    def run(model: nn.Module = model, batch: tuple[Any, Any] = batch) -> Run:
-        result = record(model, *batch)
-        return result._replace(outputs=_tensors_of(result.outputs, model))
+    def precise(result: Run) -> Run:
+        if dtype is not None:
+            with contextlib.suppress(Exception), torch.autocast(device, enabled=False):
+                # Some have no copy, or name their precision.
+                twin = copy.deepcopy(model).to(dtype)
+                result = result._replace(outputs=record(twin, _cast(passes, dtype), []).outputs)
+        return result._replace(outputs=_comparable(result.outputs, model))
 
-    def run_precisely() -> Run:
-        return run()._replace(outputs=run(copy.deepcopy(model).float(), single_batch).outputs)
+    return passes, lambda steps: precise(record(model, passes, steps)), precise(first)
 
-    single_batch = tree_map(
-        lambda x: x.float() if isinstance(x, Tensor) and x.dtype in _HALF else x, batch
+
+def _cast(passes: Sequence[Pass], dtype: torch.dtype) -> Any:
+    """Passes in another precision."""
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, passes
     )
-    if any(parameter.dtype in _HALF for parameter in model.parameters()):
-        with contextlib.suppress(Exception):  # a model that has no copy, or names its precision
-            run_precisely()
-            return run_precisely
-    return run
 
 
-def _tensors_of(outputs: Any, model: nn.Module) -> list[Tensor]:
+def _comparable(outputs: Any, model: nn.Module) -> list[Tensor]:
     """The tensors that a model returns."""
-    tensors = tensors_in(outputs)
-    # What a decoder remembers of keys and values gets smaller with its heads.
-    others = [
-        leaf
-        for leaf in tree_leaves(outputs)
-        if not isinstance(leaf, (Tensor, int, float, str, type(None)))
-        and not type(leaf).__name__.endswith("Cache")
-    ]
-    if others or not tensors:
-        what = type(others[0]).__name__ if others else "no tensor"
+    tensors = tensors_of(outputs)
+    if not tensors:
         raise TypeError(
-            f"{type(model).__name__} returns {what}, in which shrinking cannot find the tensors. "
-            "Return tensors, or tuples, lists and dicts of tensors."
+            f"{type(model).__name__} returns no tensor, so nobody can tell whether shrinking "
+            "changes what it computes. Return tensors, or objects that hold them."
         )
     return tensors
 

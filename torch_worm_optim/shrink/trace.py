@@ -13,18 +13,20 @@ channels, never exactness.
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -35,20 +37,39 @@ from torch_worm_optim.shrink.labels import (
     Labels,
     Limits,
     Zeros,
-    pinned,
     tensors_in,
+    tensors_of,
 )
 from torch_worm_optim.shrink.operators import FACTORIES, PICKING, rule_of
 from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 
 logger = logging.getLogger(__name__)
 
-# The name of an operator, and the shapes of its results, None where nothing is known of one.
-Step = tuple[str, tuple["tuple[int, ...] | None", ...]]
+# Where an operator is called: lines of code from itself up to the `forward` that it stands in, so
+# that what one line does in each of many layers is one place. Or the number of a step, whose
+# results are meant.
+Place = int | tuple[tuple[str, int], ...]
 # Operators that arrange entries anew. Which of them run depends on strides, which cutting changes.
 _ARRANGING = re.compile(
     r"view|reshape|clone|copy|expand|permute|transpose|^t$|squeeze|alias|detach|strided|lift|empty"
 )
+_PACKAGE, _TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
+
+
+class Pass(NamedTuple):
+    """One call of a model."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    training: bool = False
+
+
+class Step(NamedTuple):
+    """An operator that computes, and the shapes of what it is given and returns."""
+
+    operator: str
+    inputs: tuple[Any, ...]
+    results: tuple[Any, ...] | None = None  # None if it raised
 
 
 class Trace(NamedTuple):
@@ -59,51 +80,126 @@ class Trace(NamedTuple):
     kept: dict[str, tuple[Tensor | None, ...]]
     left: dict[str, Counter[str]]  # why zero channels stay
     n_zero: int
-    steps: list[Step]  # with the shapes that results will have
+    steps: list[Step]  # with the shapes that tensors will have
+    # Of each operator: how many steps were before, its place, and its name.
+    places: list[tuple[int, Place, str]]
+    survivors: list[list[Any]]  # of each step, for each result, flags of the indices that stay
 
 
 class Run(NamedTuple):
-    """What a forward pass returns, what its operators return, and how many operations they take."""
+    """What passes return, what their operators did, and how many operations they take."""
 
-    outputs: Any
+    outputs: list[Any]  # of those in evaluation mode
     steps: list[Step]
-    n_flops: int
+    n_flops: int  # of the first
+    used: set[int]  # ids of all tensors that an operator was given
+    n_certain: int  # steps before the first whose results are as large as values tell
 
 
-def trace_channels(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], limits: Limits
-) -> Trace:
-    """Watch a forward pass, and say what can be cut out of the model's parameters and buffers."""
+class ComputesOtherwiseError(RuntimeError):
+    """A network that is cut computes otherwise; `stay` has what to keep first, and what then."""
+
+    def __init__(self, message: str, stay: Sequence[Mapping[Place, str]]) -> None:
+        super().__init__(message)
+        self.stay = stay
+
+
+def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> Trace:
+    """Watch passes of a model, and say what can be cut out of its parameters and buffers."""
     known = LabelMap(model, limits)
     for module in filter(states_its_size, model.modules()):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             known.pin_all(tensor, f"{type(module).__name__} states its size")
-    outputs = _watched(model, args, kwargs, functools.partial(_label, known))
-    for tensor in tensors_in((args, kwargs, outputs)):
-        known.pin_all(tensor, "the model's output")
-    return _result(known, model)
-
-
-def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:
-    """Take note of what operators return while a model runs, and count multiplications."""
     steps: list[Step] = []
+    places: list[tuple[int, Place, str]] = []
+
+    def watch(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
+        place, known.operator = _place(), func.overloadpacket.__name__
+        tensors = tensors_in((args, kwargs))
+        # Of parameters it is known what shape they will have, and what arranges one is no cause.
+        inputs = tuple(
+            None if isinstance(each, nn.Parameter) else known.known_labels(each) for each in tensors
+        )
+        if not tensors or any(each is not None for each in inputs):
+            places.append((len(steps), place, known.operator))
+
+        def finish(out: Any) -> None:
+            computes = _computes(func) and bool(inputs)
+            _label(known, func, args, kwargs, out)
+            if place in limits.stay:
+                for tensor in tensors_in((args, kwargs, out)):
+                    known.pin_all(tensor, f"the forward states a width, `{limits.stay[place]}`")
+            if computes and len(steps) in limits.stay:
+                for tensor in tensors_in(out):
+                    known.pin_all(tensor, f"the forward states a width after `{known.operator}`")
+            if computes:
+                results = tuple(map(known.known_labels, tensors_in(out)))
+                steps.append(Step(known.operator, inputs, results))
+
+        return finish
+
+    for each, outputs in zip(passes, _outputs(model, passes, watch), strict=True):
+        for tensor in tensors_in((each.args, each.kwargs)) + tensors_of(outputs):
+            known.pin_all(tensor, "the model's output")
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if (
+            isinstance(module, _NormBase)
+            and len({known.info(t).is_used for t in own if t.dim()}) > 1
+        ):
+            for tensor in own:  # one of them may be another layer's as well
+                known.pin_all(tensor, "this forward does not use all of a layer")
+    return _result(known, model, steps, places)
+
+
+def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
+    """Take note of what operators are given and return, and count multiplications."""
     flops: list[int] = []
+    used: set[int] = set()
+    n_certain: list[int] = []
 
-    def take_note(func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        # The hooks of `FlopCounterMode` fail where a module gets a parameter as its input.
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
-            flops.append(count(*args, **kwargs, out_val=out))
-        if _computes(func) and tensors_in((args, kwargs)):
-            shapes = tuple(tuple(each.shape) for each in tensors_in(out))
-            steps.append((func.overloadpacket.__name__, shapes))
+    def take_note(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
+        inputs = tensors_in((args, kwargs))
+        used.update(map(id, inputs))
+        computes = _computes(func) and bool(inputs)
+        if computes:
+            steps.append(Step(func.overloadpacket.__name__, _shapes(inputs)))
 
-    return Run(_watched(model, args, kwargs, take_note), steps, sum(flops))
+        def finish(out: Any) -> None:
+            # The hooks of `FlopCounterMode` fail where a module gets a parameter as its input.
+            if (count := flop_registry.get(func.overloadpacket)) is not None:
+                flops.append(count(*args, **kwargs, out_val=out))
+            if computes:
+                if _is_as_large_as_values_tell(func, inputs):
+                    n_certain.append(len(steps) - 1)
+                steps[-1] = steps[-1]._replace(results=_shapes(tensors_in(out)))
+
+        return finish
+
+    n_flops, outputs = 0, []
+    for number, output in enumerate(_outputs(model, passes, take_note)):
+        n_flops = n_flops if number else sum(flops)
+        outputs.append(output)
+    evaluated = [out for out, each in zip(outputs, passes, strict=True) if not each.training]
+    return Run(evaluated, steps, n_flops, used, min(n_certain, default=len(steps)))
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(each.shape) for each in tensors)
+
+
+def _is_as_large_as_values_tell(func: Any, inputs: Sequence[Tensor]) -> bool:
+    """Whether how many entries an operator returns depends on values, as of `nonzero`."""
+    if func.overloadpacket.__name__ == "index":
+        return any(each.dtype in (torch.bool, torch.uint8) for each in inputs[1:])
+    is_marked = torch.Tag.dynamic_output_shape in func.tags
+    return is_marked or func.overloadpacket.__name__ == "nms"
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of each operator that runs: which it is, its arguments, and what it returns."""
+    """Tells of each operator that runs: which it is, its arguments, and then what it returns."""
 
-    def __init__(self, tell: Callable[[Any, Any, Any, Any], None]) -> None:
+    def __init__(self, tell: Callable[[Any, Any, Any], Callable[[Any], None]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tell = tell
 
@@ -111,19 +207,41 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operator, and tell of it."""
+        finish = self.tell(func, args, kwargs or {})
         out = func(*args, **kwargs or {})
-        self.tell(func, args, kwargs or {}, out)
+        finish(out)
         return out
 
 
-def _watched(model: nn.Module, args: Any, kwargs: Any, tell: Callable[..., None]) -> Any:
-    """What a model returns in evaluation mode, where `tell` hears of each operator."""
-    # Modules forget what they keep in evaluation, as LeViT's do their biases of positions.
-    model.train()
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng(), _Watch(tell):
-        torch.manual_seed(0)
-        return model(*args, **kwargs)
+def _outputs(model: nn.Module, passes: Sequence[Pass], tell: Any) -> Iterator[Any]:
+    """What a model returns in each pass, where `tell` hears of each operator."""
+    for args, kwargs, training in passes:
+        # Modules forget what they keep in evaluation, as LeViT's do their biases of positions.
+        model.train()
+        if training:
+            for norm in model.modules():
+                if isinstance(norm, _NormBase):  # so that one image is enough
+                    norm.eval()
+        else:
+            model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), _Watch(tell):
+            torch.manual_seed(0)
+            outputs = model(*args, **kwargs)
+        model.eval()
+        yield outputs
+
+
+def _place() -> Place:
+    """Lines of code from an operator that is called up to the `forward` that it stands in."""
+    frame, lines = sys._getframe(1), []
+    while frame.f_back is not None:
+        frame = frame.f_back
+        file = frame.f_code.co_filename
+        if not file.startswith(_PACKAGE):
+            lines.append((file, frame.f_lineno))
+            if frame.f_code.co_name == "forward" and not file.startswith(_TORCH):
+                break
+    return tuple(lines)
 
 
 def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -136,6 +254,8 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
         return
     if not inputs:
         return
+    for tensor in inputs:
+        known.info(tensor).is_used = True
     sources = [known.info(tensor).constant_of for tensor in inputs]
     names = [each for each in sources if each is not None]
     constant_of = frozenset[str]().union(*names) if len(names) == len(sources) else None
@@ -146,33 +266,95 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
         logger.debug("The rule for %s failed; what it touches stays.", func, exc_info=True)
         is_known = False
     if not is_known:
-        for tensor in inputs:
-            known.pin_all(tensor, f"unknown operator {func.overloadpacket}")
+        why = f"unknown operator {func.overloadpacket}"
         for tensor in outputs:
-            known.label(tensor, [pinned(size) for size in tensor.shape])
+            known.label(tensor, [known.new(size) for size in tensor.shape])
+        for tensor in (*inputs, *outputs):
+            known.pin_all(tensor, why)
     for tensor in _written(func, args, kwargs):
         known.invalidate(tensor, depends_on_input=constant_of is None)
     if constant_of is not None and func.overloadpacket not in PICKING:
         for tensor in outputs:
             known.info(tensor).constant_of = constant_of
-    if _computes(func):
-        labels = [known.known_labels(each) for each in outputs]
-        known.steps.append((func.overloadpacket.__name__, labels))
 
 
-def check_steps(expected: Sequence[Step], seen: Sequence[Step]) -> None:
-    """Raise where an operator returned another shape than a trace says, or another one ran.
+def check_steps(found: Trace, run: Run) -> None:
+    """Raise where an operator was given or returned another shape than a trace says.
 
     Outputs alone do not tell whether heads were cut as heads: with one position, or equal ones,
     attention is the same whatever its scores are.
     """
-    for number, (a, b) in enumerate(zip_longest(expected, seen, fillvalue=("none", ()))):
-        same = a[0] == b[0] and len(a[1]) == len(b[1])
-        if not same or any(x is not None and x != y for x, y in zip(a[1], b[1], strict=True)):
-            raise RuntimeError(
-                f"a forward computes otherwise once it is cut: operator {number} should be "
-                f"{a} and is {b}"
-            )
+    message, stay = first_difference(found, run.steps[: run.n_certain], run.n_certain)
+    if message:
+        raise ComputesOtherwiseError(message, stay)
+
+
+def first_difference(
+    found: Trace, seen: Sequence[Step], n: int | None = None
+) -> tuple[str, list[dict[Place, str]]]:
+    """What differs from a trace first, of n operators, and what to keep so that it does not."""
+    none = Step("none", ())
+    for number, (a, b) in enumerate(zip_longest(found.steps[:n], seen, fillvalue=none)):
+        is_given = a.operator == b.operator and _agree(a.inputs, b.inputs)
+        if is_given and _agree(a.results, b.results):
+            continue
+        previous: dict[Place, str] = {number - 1: a.operator}
+        at = [(place, name) for n_before, place, name in found.places if n_before == number]
+        # What it is given comes from the step before, through operators that arrange it.
+        first = dict(at[-1:] if is_given else at[:-1]) or previous
+        message = (
+            f"a forward computes otherwise once it is cut: operator {number} should be {tuple(a)} "
+            f"and is {tuple(b)}"
+        )
+        return message, [first, dict(at) | previous]
+    return "", []
+
+
+def first_other_value(before: Sequence[float], after: Sequence[float], rounding: float) -> int:
+    """The number of the first step that returns other magnitudes, or that of all."""
+    pairs = zip(before, after, strict=False)
+    differ = (n for n, (a, b) in enumerate(pairs) if a != b and abs(a - b) > rounding * abs(a))
+    return next(differ, len(before))
+
+
+def last_places(found: Trace, number: int) -> list[dict[Place, str]]:
+    """Where a step was, and more and more of those before it."""
+    places = [(place, name) for n, place, name in found.places if n <= number]
+    return [dict(places[-n:]) for n in (1, 2, 4)]
+
+
+def magnitudes(model: nn.Module, passes: Sequence[Pass], found: Trace | None = None) -> list[float]:
+    """For each step the sum of the magnitudes that it returns, of indices that stay in a trace."""
+    sums: list[float] = []
+
+    def watch(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
+        computes = _computes(func) and bool(tensors_in((args, kwargs)))
+
+        def finish(out: Any) -> None:
+            if not computes:
+                return
+            results = [each.detach().double() for each in tensors_in(out) if not each.is_complex()]
+            if found is not None and len(sums) < len(found.survivors):
+                for n, flags in enumerate(found.survivors[len(sums)][: len(results)]):
+                    for dim, stays in enumerate(flags or ()):
+                        indices = torch.as_tensor(np.flatnonzero(stays), device=results[n].device)
+                        results[n] = results[n].index_select(dim, indices)
+            sums.append(sum(float(each.abs().sum()) for each in results))
+
+        return finish
+
+    for _ in _outputs(model, passes, watch):
+        pass
+    return sums
+
+
+def _agree(expected: Any, seen: Any) -> bool:
+    """Whether shapes are those that are expected, where any are."""
+    return (
+        seen is not None
+        and len(expected) == len(seen)
+        and all(x is None or x == y for x, y in zip(expected, seen, strict=True))
+    )
 
 
 def _computes(func: Any) -> bool:
@@ -189,15 +371,18 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
 
 
 def _zero_channels(known: LabelMap, model: nn.Module) -> dict[str, Zeros]:
-    """The zero channels of BatchNorms and linear layers, by the name of the scale or matrix."""
+    """The zero channels of layers, by the name of the scale or matrix."""
     names, zeros = {id(tensor): name for name, tensor in model.named_parameters()}, {}
     for module in model.modules():
         prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
-        dim = int(is_conv1d(module))
-        if not (prefix or dim or isinstance(module, (nn.Linear, _BatchNorm))):
+        dim = int(is_conv1d(module) or isinstance(module, _ConvTransposeNd))
+        if not (prefix or is_conv1d(module) or isinstance(module, (nn.Linear, _ConvNd, _NormBase))):
             continue
         rows, shift = (getattr(module, f"{prefix}{name}") for name in ("weight", "bias"))
-        if id(rows) not in names or (isinstance(module, _BatchNorm) and shift is None):
+        is_norm = isinstance(module, _NormBase)
+        # Rows of a grouped transposed convolution are of each of its groups.
+        is_grouped = dim and getattr(module, "groups", 1) > 1
+        if id(rows) not in names or (is_norm and shift is None) or is_grouped:
             continue
         zero = known.zeros_along(rows, dim)
         if shift is not None:
@@ -222,12 +407,17 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
 
     for labels, reason in known.pins:
         keep(labels, reason)
-    for labels in known.live_reads:
-        keep(labels, "other layers write to the same channel (residual stream)")
+    ends = {r: reason for labels, reason in known.losses[::-1] for r in root[labels].tolist()}
+    for labels, reason in known.live_reads:
+        roots = root[labels]
+        why.update({r: ends.get(r, reason) for r in roots[removable[roots]].tolist()})
+        removable[roots] = False
     infos = [known.info(tensor) for tensor in known.named.values()]
     for info in infos:
         for labels in () if info.is_used else info.labels:
             keep(labels, "this forward does not use it")
+    for labels, reason in known.joined_to_pinned:
+        keep(labels, reason)
     # Sizes may have to be multiples of a number, and some parts as large as others.
     changed = True
     while changed:
@@ -248,17 +438,22 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
     return root, removable, why
 
 
-def _result(known: LabelMap, model: nn.Module) -> Trace:
+def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -> Trace:
     """Which indices of parameters and buffers stay, and which zeros stay and why."""
     root, removable, why = _removable(known)
     stays = ~removable[root]
-    steps: list[Step] = []
-    for operator, results in known.steps:
-        shapes = (
+
+    def shapes(tensors: Any) -> tuple[Any, ...]:
+        return tuple(
             None if each is None else tuple(int(stays[labels].sum()) for labels in each)
-            for each in results
+            for each in tensors
         )
-        steps.append((operator, tuple(shapes)))
+
+    survivors = [
+        [labels and [stays[each] for each in labels] for labels in step.results or ()]
+        for step in steps
+    ]
+    steps = [Step(name, shapes(inputs), shapes(results)) for name, inputs, results in steps]
     kept, left = {}, {}
     for name, tensor in known.named.items():
         info = known.info(tensor)
@@ -275,8 +470,9 @@ def _result(known: LabelMap, model: nn.Module) -> Trace:
         roots = root[known.info(known.named[name]).labels[dim][zero]]
         staying = roots[~removable[roots]].tolist()
         if staying:
-            left[name] = Counter(why.get(r, "something that stays goes with it") for r in staying)
-    return Trace(kept, left, sum(int(zero.sum()) for _, zero in zeros.values()), steps)
+            left[name] = Counter(why[r] for r in staying)
+    n_zero = sum(int(zero.sum()) for _, zero in zeros.values())
+    return Trace(kept, left, n_zero, steps, places, survivors)
 
 
 def _components(n: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:

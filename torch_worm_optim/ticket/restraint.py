@@ -164,9 +164,16 @@ class Restraint:
     def apply_(self) -> None:
         """Set removed entries to zero, in the weights and in the base optimizer's state."""
         self.zero_()
-        for parameter, mask in zip(self._parameters, self._removed, strict=True):
-            for tensor in map(local_tensor, self.binding.state_like(parameter)):
-                tensor.masked_fill_(mask.to(tensor.device), 0)  # it may have a dtype of its own
+        for tensor, mask in self.held():
+            tensor.masked_fill_(mask.to(tensor.device), 0)  # it may have a dtype of its own
+
+    def held(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and what the base optimizer keeps of them, with masks of what is removed."""
+        return [
+            (local_tensor(tensor), mask)
+            for parameter, mask in zip(self._parameters, self._removed, strict=True)
+            for tensor in (parameter, *self.binding.state_like(parameter))
+        ]
 
     def _warn_if_alive(self) -> None:
         """Warn, once, if something has written to weights that are held at zero."""

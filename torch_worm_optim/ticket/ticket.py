@@ -14,13 +14,12 @@ from torch_worm_optim.distributed import (
     canonical_name,
     local_part_of,
     local_tensor,
-    reshard_,
     whole_tensor,
 )
 from torch_worm_optim.report import KeptCount, kept_counts_of
 from torch_worm_optim.search import Bits, MaskSearch, pack, unpack
 from torch_worm_optim.selectors import Part, Selector, default_selector
-from torch_worm_optim.shrink import Kept, ShrinkReport, composed, cut_tensor
+from torch_worm_optim.shrink import Kept, ShrinkReport, checked_ticket, composed, cut_tensor
 
 
 class PackedMask(NamedTuple):
@@ -161,32 +160,3 @@ def apply_ticket_(model: nn.Module, ticket: Mapping[str, Tensor]) -> None:
         removed = ~local_part_of(mask, like=parameters[name])
         local = local_tensor(parameters[name])
         local.masked_fill_(removed.to(local.device), 0)
-
-
-def checked_ticket(model: nn.Module, ticket: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ticket with the names that parameters have in this model, if it is for this model."""
-    reshard_(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    own_names = {canonical_name(name): name for name in parameters}
-    checked = {}
-    for saved_name, mask in ticket.items():
-        name = own_names.get(canonical_name(saved_name), saved_name)
-        if name not in parameters:
-            raise ValueError(
-                f"The ticket is for another model: it has a mask for {name!r}, and "
-                f"{type(model).__name__} has no parameter of that name. Build the model that the "
-                "ticket was found in."
-            )
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"The mask of {name!r} must be a bool tensor with True = kept, got {kind}."
-            )
-        if mask.shape != parameters[name].shape:
-            raise ValueError(
-                f"The ticket is for another model: its mask for {name!r} has shape "
-                f"{tuple(mask.shape)}, the parameter has {tuple(parameters[name].shape)}. Build "
-                "the model that it was found in."
-            )
-        checked[name] = mask
-    return checked
