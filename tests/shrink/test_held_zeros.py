@@ -134,7 +134,7 @@ def test_a_zero_that_training_will_move_is_no_reason_to_cut(kind, scatter):
 
 def test_a_rewound_network_is_as_small_as_the_trained_one():
     """Each scale that the ticket keeps stays, though it is zero."""
-    model, opt = with_ticket(ZeroResidual)
+    _, opt = with_ticket(ZeroResidual)
     ticket = opt.final_mask
     trained = ZeroResidual().double()
     nn.init.ones_(trained.branches[0][4].weight)
@@ -193,7 +193,7 @@ def test_frozen_zeros_count():
 
 def test_a_ticket_that_is_not_applied_is_refused():
     """Its zeros are not there yet."""
-    model, opt = with_ticket(ZeroResidual)
+    _, opt = with_ticket(ZeroResidual)
     fresh = ZeroResidual().double()
     with pytest.raises(ValueError, match=r"'stem_bn.weight' has entries .* apply_ticket_"):
         shrink_(fresh, torch.ones(1, 1, 6, 6).double(), ticket=opt.final_mask)
@@ -211,7 +211,7 @@ def test_dense_weights_that_were_put_back_are_pruned_first():
         train(model, opt, range(1))
     opt.prune()
     images = torch.ones(1, 1, 6, 6, dtype=torch.double)
-    twin, twin_opt = copy.deepcopy((model, opt))
+    _, twin_opt = copy.deepcopy((model, opt))
     expected = twin_opt.shrink(images).parameters
 
     model.load_state_dict(best)

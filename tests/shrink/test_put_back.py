@@ -48,7 +48,7 @@ class Refused(nn.Module):
         (
             "batch",
             RuntimeError,
-            r"Refused cannot be run with this batch .*expected input.* Pass the",
+            r"cannot be run with this batch .*expected input.* Pass the",
         ),
         ("ddp", RuntimeError, r"Shrink its `\.module` on every rank"),
     ],

@@ -83,7 +83,8 @@ class Trace(NamedTuple):
     steps: list[Step]  # with the shapes that tensors will have
     # Of each operator: how many steps were before, its place, and its name.
     places: list[tuple[int, Place, str]]
-    survivors: list[list[Any]]  # of each step, for each result, flags of the indices that stay
+    results: list[Any]  # of each step, the labels of its results
+    stays: Flags  # by label
 
 
 class Run(NamedTuple):
@@ -334,11 +335,11 @@ def magnitudes(model: nn.Module, passes: Sequence[Pass], found: Trace | None = N
             if not computes:
                 return
             results = [each.detach().double() for each in tensors_in(out) if not each.is_complex()]
-            if found is not None and len(sums) < len(found.survivors):
-                for n, flags in enumerate(found.survivors[len(sums)][: len(results)]):
-                    for dim, stays in enumerate(flags or ()):
-                        indices = torch.as_tensor(np.flatnonzero(stays), device=results[n].device)
-                        results[n] = results[n].index_select(dim, indices)
+            if found is not None and len(sums) < len(found.results):
+                for n, labels in enumerate(found.results[len(sums)][: len(results)]):
+                    for dim, each in enumerate(labels or ()):
+                        indices = torch.as_tensor(np.flatnonzero(found.stays[each]))
+                        results[n] = results[n].index_select(dim, indices.to(results[n].device))
             sums.append(sum(float(each.abs().sum()) for each in results))
 
         return finish
@@ -449,10 +450,7 @@ def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -
             for each in tensors
         )
 
-    survivors = [
-        [labels and [stays[each] for each in labels] for labels in step.results or ()]
-        for step in steps
-    ]
+    of_results = [step.results or () for step in steps]
     steps = [Step(name, shapes(inputs), shapes(results)) for name, inputs, results in steps]
     kept, left = {}, {}
     for name, tensor in known.named.items():
@@ -472,7 +470,7 @@ def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -
         if staying:
             left[name] = Counter(why[r] for r in staying)
     n_zero = sum(int(zero.sum()) for _, zero in zeros.values())
-    return Trace(kept, left, n_zero, steps, places, survivors)
+    return Trace(kept, left, n_zero, steps, places, of_results, stays)
 
 
 def _components(n: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
