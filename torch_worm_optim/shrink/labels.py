@@ -43,6 +43,7 @@ class Info:
     strides: tuple[int, ...] = ()
     zeros: Zeros | None = None
     constant_of: frozenset[str] | None = None
+    is_zero: bool = False  # made of zeros by the forward, and nothing was written there since
     is_used: bool = False
     group_inputs: Labels | None = None  # of a grouped convolution's weight: its input channels
 
@@ -85,6 +86,7 @@ class LabelMap:
         info.labels = list(labels)
         info.strides = tensor.stride() if tensor.layout == torch.strided else ()
         info.zeros = zeros if zeros is not None and zeros[1].any() else None
+        info.is_zero = False
 
     def info(self, tensor: Tensor) -> Info:
         """What is known of a tensor. One that nothing is known of is pinned."""
@@ -147,7 +149,7 @@ class LabelMap:
         for info in self._infos.values():
             if info.storage == own.storage:
                 if info is not own:
-                    info.zeros = None
+                    info.zeros, info.is_zero = None, False
                 if depends_on_input:
                     info.constant_of = None
 
@@ -173,6 +175,11 @@ class LabelMap:
         """Take note of why indices that were zero are so no longer."""
         if len(labels):
             self.losses.append((labels, why))
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """What tells tensors that share memory; a sparse one shares none that is known."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from torch_worm_optim.shrink.labels import Flags, LabelMap, all_zero, pinned, tensors_in
+from torch_worm_optim.shrink.labels import (
+    PINNED,
+    Flags,
+    LabelMap,
+    Labels,
+    all_zero,
+    pinned,
+    tensors_in,
+)
 from torch_worm_optim.shrink.rearrange import rearrange
 
 Rule = Callable[[LabelMap, Any, Any, Any, Any], bool]
@@ -35,27 +43,43 @@ def _operators(names: str) -> set[Any]:
 _POINTWISE = _operators("""
     hardswish hardswish_ _prelu_kernel _to_copy detach alias copy_ log_sigmoid_forward elu elu_
     gelu_ hardtanh hardtanh_ leaky_relu leaky_relu_ masked_fill masked_fill_ lift_fresh hardsigmoid
-    hardsigmoid_ mish mish_ softplus celu selu
+    hardsigmoid_ mish mish_ softplus celu selu rrelu_with_noise rrelu_with_noise_
 """)
 # Operators that mix the last dimensions of each channel with one another, and of zeros make zeros.
 _SPATIAL = _operators("""
     max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
     _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
     upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d
-    upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
-    _upsample_bilinear2d_aa reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+    _upsample_nearest_exact1d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+    upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d fractional_max_pool2d fractional_max_pool3d
 """)
-# Operators whose result depends on what is picked. What one input picks another may not.
-PICKING = _operators("slice select index index_select gather embedding")
-_REARRANGING = PICKING | _operators("""
+# Operators that write random numbers.
+_RANDOM = _operators("""
+    bernoulli_ uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_
+""")
+_PICKING = _operators("slice select index index_select embedding")
+# Operators whose result depends on more than what they are given, or on what is picked: what one
+# input picks another may not.
+VARYING = _PICKING | _RANDOM | _operators("gather native_dropout rrelu_with_noise")
+_REARRANGING = _PICKING | _operators("""
     view _unsafe_view reshape unsqueeze squeeze permute transpose t expand repeat roll split
-    split_with_sizes unbind
+    split_with_sizes unbind flip rot90 unfold
 """)
 # Operators that make a new tensor of a shape and read no values.
 FACTORIES = _operators("""
     new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like rand_like
-    randn_like sym_size
+    randn_like randint_like new_empty_strided sym_size
 """)
+ZEROS = _operators("new_zeros zeros_like")  # those that make zeros
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operator by name, with the defaults of those that were not given."""
+    arguments = func._schema.arguments
+    defaults = {each.name: each.default_value for each in arguments if each.has_default_value()}
+    return {**defaults, **dict(zip((e.name for e in arguments), args, strict=False)), **kwargs}
 
 
 def _pointwise(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
@@ -78,7 +102,9 @@ def _pointwise(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> 
         d, flags = dims[0], np.zeros((len(tensors), result.shape[dims[0]]), dtype=bool)
         for row, each in zip(flags, tensors, strict=True):
             e = d - n + each.dim()
-            if e >= 0 and each.shape[e] in (1, len(row)):
+            if known.info(each).is_zero:
+                row[:] = True
+            elif e >= 0 and each.shape[e] in (1, len(row)):
                 row[:] = known.zeros_along(each, e)
         zeros = d, _zero_where(func, args, kwargs, flags)
         n_streams = sum(
@@ -128,12 +154,14 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
     transposed, groups = args[6], args[8]
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     of_x, of_weight = known.labels_of(x), known.labels_of(weight)
-    n_in, n_out = x.shape[1], out.shape[1]
+    n_in, n_out, of_out = x.shape[1], out.shape[1], of_weight[out_dim]
     constant_of = known.info(weight).constant_of
     if x.dim() != weight.dim() or constant_of is None:
         return False
     # The number of groups has to be set anew, which only a convolution's own can.
-    if groups > 1 and (transposed or known.convolutions.isdisjoint(constant_of)):
+    if groups > 1 and known.convolutions.isdisjoint(constant_of):
+        return False
+    if 1 < groups < n_in and transposed:
         return False
     for labels in (*of_x[2:], *of_weight[2:]):
         known.pin(labels, "spatial")
@@ -145,8 +173,12 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
     elif groups == n_in:
         known.pin(of_weight[1], "depthwise")
         # Several filters of one channel go with it, and so with each other.
-        known.join(np.repeat(of_x[1], n_out // n_in), of_weight[0])
-        zero_out = np.repeat(zero_in, n_out // n_in) | known.zeros_along(weight, 0)
+        of_out, n_filters = np.repeat(of_x[1], n_out // n_in), n_out // n_in
+        known.join(of_x[1] if transposed else of_out, of_weight[0])
+        zero_weight = known.zeros_along(weight, 0)
+        zero_out = np.repeat(zero_in, n_filters) | np.repeat(
+            zero_weight, n_filters if transposed else 1
+        )
     else:
         known.pin(of_weight[1], "grouped")
         known.read(of_x[1], zero_in)
@@ -154,18 +186,20 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
         known.info(weight).group_inputs = of_x[1]
         zero_out = known.zeros_along(weight, 0)
     if bias is not None:
-        known.join(of_weight[out_dim], known.labels_of(bias)[0])
+        known.join(of_out, known.labels_of(bias)[0])
         zero_out = zero_out & known.zeros_along(bias, 0)
     spatial = [pinned(size) for size in out.shape[2:]]
-    known.label(out, [of_x[0], of_weight[out_dim], *spatial], (1, zero_out))
+    known.label(out, [of_x[0], of_out, *spatial], (1, zero_out))
     return True
 
 
 def _linear(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """A product of matrices: a sum over the columns of the first."""
     bias, (x, weight) = (args[0], args[1:]) if len(args) == 3 else (None, args)
-    if kwargs or known.info(weight).constant_of is None:
+    if kwargs:
         return False
+    if known.info(weight).constant_of is None or x.layout != torch.strided:
+        return _product(known, func, args, kwargs, out)
     of_x, of_weight = known.labels_of(x), known.labels_of(weight)
     zero_in = known.zeros_along(x, 1)
     known.join(of_x[1], of_weight[0])
@@ -178,30 +212,28 @@ def _linear(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     return True
 
 
-def _bmm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Products of matrices, one for each index of the first dimension."""
-    a, b = args
-    (batch, rows, inner), (batch_b, inner_b, columns) = known.labels_of(a), known.labels_of(b)
-    known.join(batch, batch_b)
+def _product(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Products of matrices, one for each index of the dimensions before, added to something."""
+    *added, a, b = args
+    for tensor in (a, b):
+        if tensor.layout != torch.strided:
+            known.pin_all(tensor, "sparse")
+    (*batch, rows, inner), (*batch_b, inner_b, columns) = known.labels_of(a), known.labels_of(b)
+    for own, other in zip(batch, batch_b, strict=True):
+        known.join(own, other)
     known.join(inner, inner_b)
     if known.info(a).constant_of is None and known.info(b).constant_of is None:
         # The scale of attention scores is made of the number of channels that they are summed over.
         known.pin(inner, "summed over by a product of activations")
     else:
-        known.read(inner, known.zeros_along(a, 2) | known.zeros_along(b, 1))
+        known.read(inner, known.zeros_along(a, a.dim() - 1) | known.zeros_along(b, b.dim() - 2))
     zeros = [
-        (0, known.zeros_along(a, 0) | known.zeros_along(b, 0)),
-        (1, known.zeros_along(a, 1)),
-        (2, known.zeros_along(b, 2)),
+        *((d, known.zeros_along(a, d) | known.zeros_along(b, d)) for d in range(len(batch))),
+        (a.dim() - 2, known.zeros_along(a, a.dim() - 2)),
+        (b.dim() - 1, known.zeros_along(b, b.dim() - 1)),
     ]
-    known.label(out, [batch, rows, columns], max(zeros, key=lambda each: each[1].mean()))
-    return True
-
-
-def _baddbmm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Products of matrices, and something added to them."""
-    _bmm(known, func, args[1:], kwargs, out)
-    return _pointwise(known, _aten.add.Tensor, (args[0], out), {}, out)
+    known.label(out, [*batch, rows, columns], max(zeros, key=lambda each: each[1].mean()))
+    return not added or _pointwise(known, _aten.add.Tensor, (added[0], out), {}, out)
 
 
 def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
@@ -227,16 +259,19 @@ def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) ->
 
 def _mixed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Indices of some dimensions depend on one another, those of the others do not."""
-    x, results = args[0], tensors_in(out)
+    x, results, given = args[0], tensors_in(out), _given(func, args, kwargs)
     reason, mixing = _MIXING[func.overloadpacket]
-    dims, keeps_zeros = mixing(func, args)
-    if not all(isinstance(d, int) for d in dims):
-        return False
-    mixed = {d % x.dim() for d in dims}
+    dims, keeps_zeros = mixing(func, given)
+    mixed = {d % x.dim() for d in (range(x.dim()) if dims is None else dims)}
     labels, zeros = known.labels_of(x), known.info(x).zeros
+    # A maximum sees zeros, and a mean counts them. Of a norm of negative order they are a minimum.
+    sums = func.overloadpacket in _SUMMING and given.get("ord", 0) >= 0
     for d in mixed:
-        known.pin(labels[d], reason)
-    for tensor in tensors_in(args[1:]):  # scales and shifts
+        if sums and zeros is not None and d == zeros[0]:
+            known.read(labels[d], zeros[1])
+        else:
+            known.pin(labels[d], reason)
+    for tensor in tensors_in((args[1:], kwargs)):  # scales and shifts
         known.pin_all(tensor, reason)
     if zeros is not None and (zeros[0] in mixed or not keeps_zeros):
         zeros = None
@@ -249,6 +284,186 @@ def _mixed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool
         known.label(result, of_result, zeros and (left.index(zeros[0]), zeros[1]))
         zeros = None  # of a second result, as indices of maxima, none are known
     return True
+
+
+def _reduced(given: Any) -> Any:
+    """The dimensions that an operator is given; None where it takes all."""
+    return [d for d in tree_leaves(given.get("dim")) if d is not None] or None
+
+
+def _filled(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Numbers written over what was there."""
+    if tensors_in((args[1:], kwargs)):
+        return False
+    known.label(out, known.labels_of(args[0]))
+    known.invalidate(out, depends_on_input=func.overloadpacket in _RANDOM)
+    known.info(out).is_zero = func.overloadpacket is _aten.zero_
+    return True
+
+
+def _gather(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Picked along one dimension, at each index of all others."""
+    given = _given(func, args, kwargs)
+    x, index, dim = given["self"], given["index"], given["dim"] % max(out.dim(), 1)
+    labels, zeros = [], known.info(x).zeros
+    for d, size in enumerate(out.shape):
+        labels.append(_alike(known, [x, index], d) if d != dim else pinned(size))
+    if dim < out.dim():
+        for tensor in (x, index):
+            known.pin(known.labels_of(tensor)[dim], "picked by index")
+    if zeros is not None and (zeros[0] == dim or len(zeros[1]) != out.shape[zeros[0]]):
+        zeros = None
+    known.label(out, labels, zeros)
+    return True
+
+
+def _of_pixels(known: LabelMap, x: Tensor, n: int) -> list[Labels]:
+    """The first labels of a tensor, whose other dimensions are space and stay."""
+    for labels in known.labels_of(x)[n:]:
+        known.pin(labels, "spatial")
+    return known.labels_of(x)[:n]
+
+
+def _alike(known: LabelMap, tensors: Iterable[Tensor], d: int) -> Labels:
+    """Join a dimension of tensors that are used index by index; of other sizes it stays."""
+    places = [(tensor, d) for tensor in tensors]
+    sizes = {tensor.shape[d] for tensor, _ in places}
+    if len(sizes) > 1:
+        for tensor, _ in places:
+            known.pin(known.labels_of(tensor)[d], "picked by index")
+    return known.broadcast_join(min(sizes), places) if len(sizes) == 1 else pinned(min(sizes))
+
+
+def _scattered(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Written or added at picked indices of one dimension, at each index of all others."""
+    given = _given(func, args, kwargs)
+    x, index, dim = given["self"], given["index"], given["dim"] % max(out.dim(), 1)
+    source = next(given[name] for name in ("src", "source", "value") if name in given)
+    base = known.info(x)
+    if tensors_in(source) and source.dim() != x.dim():
+        return False
+    # The index of some picks along its only dimension, that of others for each entry.
+    tensors = [x, *tensors_in(source)]
+    known.pin(known.labels_of(index)[dim if index.dim() == x.dim() else 0], "picks by index")
+    zeros = base.zeros
+    if tensors[1:] and (zeros is None or base.is_zero):
+        zeros = known.info(source).zeros
+    for d in range(x.dim()):
+        if d == dim:
+            for tensor in tensors:
+                known.pin(known.labels_of(tensor)[d], "picked by index")
+        else:
+            _alike(known, [*tensors, index] if "scatter" in str(func) else tensors, d)
+    if zeros is not None:
+        d = zeros[0]
+        zero = known.known_zeros(x, d) | base.is_zero
+        zero = zero & (known.known_zeros(source, d) if tensors[1:] else source == 0)
+        zeros = (d, zero) if d != dim else None
+    known.label(out, known.labels_of(x), zeros)
+    return True
+
+
+def _written_at(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Written or added where indices or a mask pick."""
+    x, indices, values = args[:3]
+    base, picked = known.info(x), _aten.index(x, indices)
+    rearrange(known, _aten.index.Tensor, (x, indices), {}, picked)
+    _pointwise(known, _aten.copy_.default, (picked, values), {}, picked)
+    labels, written, zeros = known.labels_of(x), known.info(picked), None
+    if written.zeros is not None:
+        d, zero = written.zeros
+        of_zeros = np.setdiff1d(written.labels[d][zero], [PINNED, *written.labels[d][~zero]])
+        d = max(range(x.dim()), key=lambda each: np.isin(labels[each], of_zeros).sum())
+        zeros = d, (known.known_zeros(x, d) | base.is_zero) & np.isin(labels[d], of_zeros)
+    known.label(out, labels, zeros)
+    return True
+
+
+def _unpooled(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Written where the maxima of a pooling were, among zeros."""
+    x, indices, zeros = args[0], args[1], known.info(args[0]).zeros
+    n = out.dim() - (2 if "2d" in str(func) else 3)
+    for tensor in (x, indices):
+        _of_pixels(known, tensor, n)
+    labels = [_alike(known, [x, indices], d) for d in range(n)]
+    spatial = [pinned(size) for size in out.shape[n:]]
+    known.label(out, [*labels, *spatial], zeros if zeros and zeros[0] < n else None)
+    return True
+
+
+def _padded(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """The same number before and behind, so many times as the forward says."""
+    x, pad = args[:2]
+    is_zero = not _given(func, args, kwargs)["value"]
+    labels, zeros = list(known.labels_of(x)), known.info(x).zeros
+    dims = [x.dim() - 1 - i for i in range(len(pad) // 2) if any(pad[2 * i : 2 * i + 2])]
+    if zeros is not None and not is_zero and set(dims) - {zeros[0]}:
+        zeros = None
+    for d in dims:
+        before, after = pad[2 * (x.dim() - 1 - d) :][:2]
+        if min(before, after) < 0:
+            known.pin(labels[d], "padded")
+            labels[d] = pinned(out.shape[d])
+            zeros = None if zeros is not None and zeros[0] == d else zeros
+            continue
+        labels[d] = np.concatenate([pinned(before), labels[d], pinned(after)])
+        if zeros is not None and zeros[0] == d:
+            zeros = d, np.pad(zeros[1], (before, after), constant_values=is_zero)
+    known.label(out, labels, zeros)
+    return True
+
+
+def _blocks(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Channels made space: as many of them as make one go together."""
+    d = args[0].dim() - (2 if func.overloadpacket is _aten.col2im else 3)
+    *batch, channels = _of_pixels(known, args[0], d + 1)
+    blocks = channels.reshape(out.shape[d], -1)
+    zero = known.zeros_along(args[0], d).reshape(blocks.shape)
+    known.join(blocks[:, :1], blocks[:, 1:])
+    spatial = [pinned(size) for size in out.shape[d + 1 :]]
+    known.label(out, [*batch, blocks[:, 0], *spatial], (d, np.logical_and.reduce(zero, 1)))
+    return True
+
+
+def _repeated(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Space made channels: so many of each."""
+    d = args[0].dim() - 3
+    *batch, channels = _of_pixels(known, args[0], d + 1)
+    n = out.shape[d] // len(channels)
+    spatial = [pinned(size) for size in out.shape[d + 1 :]]
+    zero = np.repeat(known.zeros_along(args[0], d), n)
+    known.label(out, [*batch, np.repeat(channels, n), *spatial], (d, zero))
+    return True
+
+
+def _channel_shuffle(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """The first of each group, the second of each, and so on: those go together."""
+    x, groups = args[:2]
+    labels = list(known.labels_of(x))
+    in_groups = labels[1].reshape(groups, -1)
+    known.join(in_groups[:1], in_groups[1:])
+    labels[1] = in_groups.T.ravel()
+    known.label(out, labels, (1, known.zeros_along(x, 1).reshape(groups, -1).T.ravel()))
+    return True
+
+
+def _sampled(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Values at places between pixels, of each channel alike."""
+    x, grid = args[:2]
+    known.pin_all(grid, "places")
+    spatial = [pinned(size) for size in out.shape[2:]]
+    known.label(out, [*_of_pixels(known, x, 2), *spatial], (1, known.zeros_along(x, 1)))
+    return True
+
+
+def _deformed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """A convolution whose places are moved, of all channels alike."""
+    x, weight, offset, mask, bias = args[:5]
+    if args[11:13] != (1, 1):  # groups
+        return False
+    for tensor in (offset, mask):
+        known.pin_all(tensor, "places")
+    return _convolution(known, func, (x, weight, bias, *[None] * 3, False, None, 1), {}, out)
 
 
 def _glu(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
@@ -307,34 +522,48 @@ def _as_strided(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor)
     return True
 
 
+# Sums to which zeros add nothing. They are not told how many there are.
+_SUMMING = _operators("sum nansum linalg_vector_norm")
 # Why operators mix dimensions, which those are, given the operator and its arguments, and whether
-# zeros along others stay zeros. A dimension that is no number is not known.
-_MIXING: dict[Any, tuple[str, Callable[[Any, Any], tuple[Iterable[Any], bool]]]] = {
+# zeros along others stay zeros. None stands for all dimensions.
+_MIXING: dict[Any, tuple[str, Callable[[Any, Any], tuple[Iterable[int] | None, bool]]]] = {
     **dict.fromkeys(
         _SPATIAL,
         ("spatial", lambda func, _: (range(-int(re.findall(r"(\d)d", str(func))[0]), 0), True)),
     ),
     **dict.fromkeys(
-        _operators("mean sum amax amin max min"),
-        ("reduced", lambda _, args: (tree_leaves(args[1:2]) or [None], True)),
+        _operators("mean amax amin max min median std var std_mean var_mean") | _SUMMING,
+        ("reduced", lambda _, given: (_reduced(given), True)),
+    ),
+    **dict.fromkeys(
+        _operators("sort topk kthvalue cummax cummin cumsum"),
+        ("sorted or accumulated", lambda _, given: (_reduced(given), True)),
+    ),
+    **dict.fromkeys(
+        _operators("argmax argmin"), ("reduced", lambda _, given: (_reduced(given), False))
     ),
     **dict.fromkeys(
         _operators("_softmax _safe_softmax _log_softmax"),
-        ("softmax", lambda _, args: (args[1:2], False)),
+        ("softmax", lambda _, given: (_reduced(given), False)),
+    ),
+    **dict.fromkeys(
+        _operators("_fft_r2c _fft_c2r _fft_c2c"),
+        ("transformed", lambda _, given: (_reduced(given), True)),
     ),
     **dict.fromkeys(
         _operators("native_layer_norm _fused_rms_norm"),
-        ("normalised over", lambda _, args: (range(-len(args[1]), 0), False)),
+        ("normalised over", lambda _, given: (range(-len(given["normalized_shape"]), 0), False)),
     ),
-    _aten.linalg_vector_norm: ("reduced", lambda _, args: (tree_leaves(args[2:3]) or [None], True)),
-    _aten.constant_pad_nd: (
-        "padded",
-        lambda _, args: ([-1 - i // 2 for i, n in enumerate(args[1]) if n], not any(args[2:3])),
-    ),
+    **dict.fromkeys(_operators("tril triu"), ("a triangle", lambda *_: ((-2, -1), True))),
+    _aten.native_dropout: ("dropped", lambda *_: ((), True)),
 }
 _BATCH_NORM = """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
     _batch_norm_no_update cudnn_batch_norm miopen_batch_norm
+"""
+_SCATTERING = """
+    scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_
+    index_copy index_copy_ index_fill index_fill_ index_reduce index_reduce_
 """
 _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
@@ -345,8 +574,17 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((_aten.cat, _aten.stack), _cat),
     **dict.fromkeys((_aten.view_as_complex, _aten.view_as_real), _complex),
     _aten.convolution: _convolution,
-    _aten.bmm: _bmm,
-    _aten.baddbmm: _baddbmm,
+    **dict.fromkeys((_aten.bmm, _aten.baddbmm, *_operators("_sparse_addmm")), _product),
+    **dict.fromkeys(_RANDOM | _operators("fill_ zero_"), _filled),
+    **dict.fromkeys(_operators(_SCATTERING), _scattered),
+    **dict.fromkeys((_aten.index_put, _aten.index_put_), _written_at),
+    **dict.fromkeys((_aten.max_unpool2d, _aten.max_unpool3d), _unpooled),
+    **dict.fromkeys((_aten.pixel_shuffle, _aten.col2im), _blocks),
+    **dict.fromkeys((_aten.pixel_unshuffle, _aten.im2col), _repeated),
+    **dict.fromkeys(_operators("channel_shuffle native_channel_shuffle"), _channel_shuffle),
+    **dict.fromkeys((_aten.grid_sampler_2d, _aten.grid_sampler_3d), _sampled),
+    _aten.gather: _gather,
+    _aten.constant_pad_nd: _padded,
     _aten.glu: _glu,
     _aten.as_strided_: _as_strided,
 }
@@ -356,4 +594,6 @@ def rule_of(func: Any) -> Rule | None:
     """The rule for an operator as `TorchDispatchMode` sees it, such as `aten.mm.default`."""
     if torch.Tag.pointwise in func.tags:
         return _pointwise
+    if str(func.overloadpacket) == "torchvision.deform_conv2d":  # which may be loaded later
+        return _deformed
     return _RULES.get(func.overloadpacket)

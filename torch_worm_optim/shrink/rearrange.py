@@ -21,17 +21,15 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
     x, *rest = args
     name = func.overloadpacket.__name__
     results, picks = tensors_in(out), tensors_in((rest, kwargs))
-    if any(each.dtype in (torch.bool, torch.uint8) for each in picks):
-        return False  # how many indices a mask picks is another matter in every batch
     for each in picks:
         for d in (d for d in range(each.dim()) if each.stride(d)):
             known.pin(known.labels_of(each)[d], "picks by index")
-            if name == "gather":  # at each index of all other dimensions
-                known.pin(known.labels_of(x)[d], "picked by index")
-    # All that is picked by index is taken to be the first, whatever this batch picks.
-    rest, kwargs = tree_map(
-        lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, (rest, kwargs)
-    )
+    if name == "index":
+        rest = [[first for each in rest[0] for first in _first(each)]]
+    elif picks:
+        rest, kwargs = tree_map(
+            lambda leaf: _first(leaf)[0] if isinstance(leaf, Tensor) else leaf, (rest, kwargs)
+        )
     is_view = name in ("view", "_unsafe_view", "reshape")
     move = torch.ops.aten.reshape if is_view else func  # a view of numbers has other strides
     labels = [_unmoved(known.labels_of(x), each) for each in results]
@@ -55,7 +53,8 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
             if n_axes > 1 and not (is_view and known.limits.cut_heads):
                 known.pin(own, f"split by a {name}")
             elif n_axes:
-                found = _label_along(known, labels[i], own, is_zero, numbers)
+                usual = 0 if x.dim() == 2 and d == 1 else -2
+                found = _label_along(known, labels[i], own, is_zero, numbers, usual)
                 zeros[i] = found if is_zero.any() else zeros[i]
         orders = [each.ravel() for each in grids if each.size]
         if is_view or all(_is_whole(order, len(own)) for order in orders):
@@ -68,6 +67,15 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
     for of_result in zip(results, labels, zeros, strict=True):
         known.label(*of_result)
     return True
+
+
+def _first(picks: Tensor | None) -> list[Tensor | None]:
+    """Indices that pick the first, whatever and however many this batch picks."""
+    if picks is None:
+        return [None]
+    if picks.dtype in (torch.bool, torch.uint8):  # a mask is as many indices as it has dimensions
+        return [torch.zeros(1, dtype=torch.long, device=picks.device)] * picks.dim()
+    return [torch.zeros_like(picks) if picks.numel() else picks.new_zeros([1] * picks.dim())]
 
 
 def _unmoved(labels: list[Labels], result: Tensor) -> list[Labels]:
@@ -90,14 +98,20 @@ def _varying(numbers: Tensor) -> Labels:
 
 
 def _label_along(
-    known: LabelMap, labels: list[Labels], own: Labels, is_zero: Flags, numbers: Labels
+    known: LabelMap,
+    labels: list[Labels],
+    own: Labels,
+    is_zero: Flags,
+    numbers: Labels,
+    usual: int,
 ) -> Zeros:
     """Label the dimension along which numbers of labels lie, and say what is zero there."""
     axes = [axis for axis, size in enumerate(numbers.shape) if size > 1]
     lines = {axis: np.moveaxis(numbers, axis, 0).reshape(numbers.shape[axis], -1) for axis in axes}
     # Where a view makes several dimensions of one, indices of one of them stay apart: of the one
-    # that has most zeros, such as heads, or of the last but one, where heads usually are.
-    axis = max(axes, key=lambda each: (is_zero[lines[each]].all(1).mean(), each == axes[-2:][0]))
+    # that has most zeros, such as heads, or of the one where channels usually are.
+    usual = axes[max(usual, -len(axes))]
+    axis = max(axes, key=lambda each: (is_zero[lines[each]].all(1).mean(), each == usual))
     if not known.all_stay(own):
         known.join(own[lines[axis][:, :1]], own[lines[axis][:, 1:]])
         if not known.all_stay(labels[axis]):

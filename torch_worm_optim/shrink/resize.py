@@ -110,6 +110,8 @@ def _update(module: Any) -> None:
     if isinstance(module, _ConvNd):
         shape = module.weight.shape
         if isinstance(module, _ConvTransposeNd):
+            if module.groups == module.in_channels > 1:
+                module.groups = shape[0]
             module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
         elif module.groups == module.in_channels and module.groups > 1:
             multiplier = module.out_channels // module.in_channels

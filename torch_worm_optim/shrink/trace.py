@@ -40,7 +40,7 @@ from torch_worm_optim.shrink.labels import (
     tensors_in,
     tensors_of,
 )
-from torch_worm_optim.shrink.operators import FACTORIES, PICKING, rule_of
+from torch_worm_optim.shrink.operators import FACTORIES, VARYING, ZEROS, rule_of
 from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 
 logger = logging.getLogger(__name__)
@@ -252,6 +252,7 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
         # Nothing is known of their sizes, until something is written there.
         for tensor in outputs:
             known.label(tensor, [known.new(size) for size in tensor.shape])
+            known.info(tensor).is_zero = func.overloadpacket in ZEROS
         return
     if not inputs:
         return
@@ -274,7 +275,7 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
             known.pin_all(tensor, why)
     for tensor in _written(func, args, kwargs):
         known.invalidate(tensor, depends_on_input=constant_of is None)
-    if constant_of is not None and func.overloadpacket not in PICKING:
+    if constant_of is not None and func.overloadpacket not in VARYING:
         for tensor in outputs:
             known.info(tensor).constant_of = constant_of
 
