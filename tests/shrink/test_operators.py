@@ -275,3 +275,226 @@ def test_what_is_not_exact_stays(between):
     """Constants, maxima and means over channels, and channels that change their order."""
     torch.manual_seed(0)
     assert count_left(Images(between), [images(0), images(1)]) == 4
+
+
+# ---- on graphs: nodes that read what their neighbours have
+
+
+class Nodes(nn.Module):
+    """A layer and its BatchNorm on each node, a sum over neighbours, and a layer that reads it."""
+
+    def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.bn, self.last = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.between = between
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        """Of each node."""
+        return self.last(self.between(self.bn(self.first(x)).relu(), edges))
+
+
+def graph(n: int, dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor]:
+    """Nodes, and edges as pairs of their numbers."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 5, generator=generator, dtype=dtype)
+    return x, torch.randint(n, (2, 3 * n), generator=generator)
+
+
+def matrix(edges: Tensor, n: int) -> Tensor:
+    """How many edges there are from each node to each."""
+    found = torch.zeros(n, n, dtype=torch.double)
+    return found.index_put_((edges[1], edges[0]), torch.ones(len(edges[0])).double(), True)
+
+
+def attended(x: Tensor, edges: Tensor) -> Tensor:
+    """Weighted by a softmax over each node's edges, as graph attention is."""
+    source, target = edges
+    scores = x[source].sum(1).tanh().exp()
+    sums = scores.new_zeros(len(x)).scatter_add_(0, target, scores)
+    weights = (scores / sums[target]).unsqueeze(1)
+    return torch.zeros_like(x).index_add_(0, target, weights * x[source])
+
+
+def reduced(how: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """By one operator, with an index that is expanded over channels."""
+
+    def between(x: Tensor, edges: Tensor) -> Tensor:
+        index = edges[1].unsqueeze(1).expand(-1, x.shape[1])
+        zeros = x.new_zeros(len(x), x.shape[1])
+        return zeros.scatter_reduce(0, index, x.index_select(0, edges[0]), how, include_self=False)
+
+    return between
+
+
+def added(x: Tensor, edges: Tensor) -> Tensor:
+    """With an index that is made for each entry."""
+    index = edges[1].unsqueeze(1).expand_as(x[edges[0]])
+    return x.scatter_add(0, index, x[edges[0]])
+
+
+ON_NODES = {
+    "dense": lambda x, edges: matrix(edges, len(x)) @ x,
+    "dense twice": lambda x, edges: torch.addmm(x, matrix(edges, len(x)), x),
+    "einsum": lambda x, edges: torch.einsum("nm,mc->nc", matrix(edges, len(x)), x),
+    "batched": lambda x, edges: (matrix(edges, len(x)) @ x.view(1, *x.shape)).squeeze(0),
+    "coo": lambda x, edges: torch.sparse.mm(matrix(edges, len(x)).to_sparse(), x),
+    "coo @": lambda x, edges: matrix(edges, len(x)).to_sparse() @ x,
+    "csr": lambda x, edges: torch.sparse.mm(matrix(edges, len(x)).to_sparse_csr(), x),
+    "csr @": lambda x, edges: matrix(edges, len(x)).to_sparse_csr() @ x,
+    "attention": attended,
+    "scatter_add": added,
+    "scatter sum": reduced("sum"),
+    "scatter mean": reduced("mean"),
+    "scatter amax": reduced("amax"),
+    "index_add": lambda x, edges: x.index_add(0, edges[1], x[edges[0]], alpha=2),
+    "index_copy": lambda x, edges: x.index_copy(0, edges[1].unique(), x[edges[0].unique()]
+                                                [:1].expand(len(edges[1].unique()), -1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("between", ON_NODES.values(), ids=ON_NODES)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_zero_channels_go_through_graphs(between):
+    """All of them, and the network computes what it did, of another graph too."""
+    torch.manual_seed(0)
+    assert count_left(Nodes(between), [graph(6), graph(9)]) == 0
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_zero_channels_go_through_an_adjacency_that_is_given(layout):
+    """As an argument, or as an attribute of the module."""
+
+    class Convolutional(Nodes):
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            y = torch.sparse.mm(self.adjacency, super().forward(x, adjacency))
+            return torch.addmm(y, adjacency, y)
+
+    model = Convolutional(lambda x, adjacency: torch.mm(adjacency, x))
+    x, edges = graph(6)
+    dense = matrix(edges, 6)
+    adjacency = {
+        torch.strided: dense, torch.sparse_coo: dense.to_sparse(),
+        torch.sparse_csr: dense.to_sparse_csr(),
+    }[layout]  # fmt: skip
+    model.adjacency = dense.to_sparse()
+    assert count_left(model, [(x, adjacency), (x * 2, adjacency)]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Nothing was cut")
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x, edges: torch.ones_like(x).index_add(0, edges[1], x[edges[0]]),
+        lambda x, edges: x.index_add(0, edges[1], x[edges[0]].exp()),
+        lambda x, edges: (x @ x.T) @ x,
+        lambda x, edges: torch.mm(matrix(edges, len(x)), x) + 1,
+        lambda x, edges: torch.addmm(torch.ones_like(x), matrix(edges, len(x)), x),
+        lambda x, edges: x.scatter_reduce(
+            0, edges[1].unsqueeze(1).expand(-1, 8), x[edges[0]].cos(), "amax"
+        ),
+    ],
+)
+def test_what_is_not_exact_on_graphs_stays(between):
+    """What is added to something, and products whose scale may be made of how many there are."""
+    torch.manual_seed(0)
+    assert count_left(Nodes(between), [graph(6), graph(9)]) == 4
+
+
+# ---- convolutions that are none of torch's own layers
+
+
+class Blurred(nn.Module):
+    """A filter for each channel, which is a buffer."""
+
+    def __init__(self, is_expanded: bool) -> None:
+        super().__init__()
+        blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+        self.register_buffer("blur", blur.repeat(1 if is_expanded else 8, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Half as large."""
+        n = x.shape[1]
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(x, self.blur.expand(n, -1, -1, -1), stride=2, groups=n)
+
+
+class Deformed(nn.Module):
+    """A convolution whose places another one says."""
+
+    def __init__(self, mask: bool, bias: bool) -> None:
+        super().__init__()
+        ops = pytest.importorskip("torchvision.ops")
+        self.mask, self.offset = mask, nn.Conv2d(8, 27, 3, padding=1)
+        self.moved = ops.DeformConv2d(8, 8, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With weights of places, or without."""
+        places = self.offset(x)
+        return self.moved(x, places[:, :18], places[:, 18:].sigmoid() if self.mask else None)
+
+
+def transposed(n: int, bias: bool) -> nn.Module:
+    """Upsampling with so many filters for each channel."""
+    return nn.ConvTranspose2d(8, 8 * n, 2, 2, groups=8, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("between", "n_read"),
+    [
+        (Blurred(True), 8),
+        (Blurred(False), 8),
+        (Deformed(True, True), 8),
+        (Deformed(False, False), 8),
+        (transposed(1, False), 8),
+        (transposed(2, False), 16),
+        (nn.Sequential(transposed(1, False), nn.ReLU(), nn.Conv2d(8, 8, 1)), 8),
+    ],
+)
+def test_zero_channels_go_through_other_convolutions(between, n_read):
+    """All of them, and of a buffer or a weight what belongs to them."""
+    torch.manual_seed(0)
+    model = Images(between, n_read)
+    assert count_left(model, [images(0), images(1)]) == 0
+    assert model.conv.out_channels == 4
+    found = [len(t) for n, t in between.state_dict().items() if n in ("weight", "blur", "0.weight")]
+    assert found in ([4], [1], [])
+
+
+def test_a_bias_behind_a_depthwise_transposed_convolution_keeps_its_channels():
+    """It makes something of zero."""
+    model = Images(transposed(1, True))
+    zero_channels(model)
+    assert shrink_(model.double(), images(0)).channels[1] == 4
+
+
+# ---- a layer whose features become an image
+
+
+class Decoder(nn.Module):
+    """From a code to an image, as generators begin."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 8 * 16), nn.BatchNorm1d(8 * 16, affine=False)
+        self.view, self.bn, self.conv = view, nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two channels."""
+        return self.conv(self.bn(self.view(self.norm(self.first(x)))).relu())
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.view(len(x), -1, 4, 4),
+        lambda x: x.unflatten(1, (-1, 4, 4)),
+        lambda x: x.view(len(x), -1, 16).unflatten(2, (4, 4)),
+    ],
+)
+def test_features_that_become_an_image_go_with_its_channels(view):
+    """Sixteen rows for each channel that the BatchNorm behind removes."""
+    torch.manual_seed(0)
+    model, x = Decoder(view), torch.randn(9, 6, dtype=torch.double)
+    assert count_left(model, [(x,), (x[2:] * 3,)], [0, 2, 3, 7]) == 0
+    assert (model.first.out_features, model.conv.in_channels) == (64, 4)

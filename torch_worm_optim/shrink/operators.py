@@ -69,10 +69,10 @@ _REARRANGING = _PICKING | _operators("""
 """)
 # Operators that make a new tensor of a shape and read no values.
 FACTORIES = _operators("""
-    new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like rand_like
-    randn_like randint_like new_empty_strided sym_size
+    zeros ones empty full rand randn new_zeros new_ones new_empty new_full zeros_like ones_like
+    empty_like full_like rand_like randn_like randint_like new_empty_strided sym_size
 """)
-ZEROS = _operators("new_zeros zeros_like")  # those that make zeros
+ZEROS = _operators("zeros new_zeros zeros_like")  # those that make zeros
 
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -156,12 +156,11 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
     of_x, of_weight = known.labels_of(x), known.labels_of(weight)
     n_in, n_out, of_out = x.shape[1], out.shape[1], of_weight[out_dim]
     constant_of = known.info(weight).constant_of
-    if x.dim() != weight.dim() or constant_of is None:
+    is_depthwise = 1 < groups == n_in
+    if x.dim() != weight.dim() or (constant_of is None and not is_depthwise):
         return False
-    # The number of groups has to be set anew, which only a convolution's own can.
-    if groups > 1 and known.convolutions.isdisjoint(constant_of):
-        return False
-    if 1 < groups < n_in and transposed:
+    # A convolution's own number of groups is set anew, and a function's follows its input.
+    if 1 < groups < n_in and (transposed or known.convolutions.isdisjoint(constant_of or ())):
         return False
     for labels in (*of_x[2:], *of_weight[2:]):
         known.pin(labels, "spatial")
@@ -170,15 +169,15 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
         known.join(of_x[1], of_weight[in_dim])
         known.read(of_x[1], zero_in | known.zeros_along(weight, in_dim))
         zero_out = all_zero(weight.detach().movedim(out_dim, 0), np.flatnonzero(~zero_in))
-    elif groups == n_in:
+    elif is_depthwise:
         known.pin(of_weight[1], "depthwise")
         # Several filters of one channel go with it, and so with each other.
-        of_out, n_filters = np.repeat(of_x[1], n_out // n_in), n_out // n_in
-        known.join(of_x[1] if transposed else of_out, of_weight[0])
-        zero_weight = known.zeros_along(weight, 0)
-        zero_out = np.repeat(zero_in, n_filters) | np.repeat(
-            zero_weight, n_filters if transposed else 1
-        )
+        of_out = np.repeat(of_x[1], n_out // n_in)
+        if weight.stride(0) or of_weight[0].any():  # one that is expanded is the same for each
+            known.join(of_x[1] if transposed else of_out, of_weight[0])
+        zero_filters = known.zeros_along(weight, 0)
+        zero_out = np.repeat(zero_in, n_out // n_in)
+        zero_out |= np.repeat(zero_filters, n_out // len(zero_filters))
     else:
         known.pin(of_weight[1], "grouped")
         known.read(of_x[1], zero_in)
@@ -463,6 +462,7 @@ def _deformed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -
         return False
     for tensor in (offset, mask):
         known.pin_all(tensor, "places")
+    bias = None if known.info(bias).is_zero else bias  # of a layer that has none
     return _convolution(known, func, (x, weight, bias, *[None] * 3, False, None, 1), {}, out)
 
 
