@@ -498,3 +498,75 @@ def test_features_that_become_an_image_go_with_its_channels(view):
     model, x = Decoder(view), torch.randn(9, 6, dtype=torch.double)
     assert count_left(model, [(x,), (x[2:] * 3,)], [0, 2, 3, 7]) == 0
     assert (model.first.out_features, model.conv.in_channels) == (64, 4)
+
+
+# ---- buffers of indices, reached through some operator and used to pick
+
+
+class Picking(nn.Module):
+    """A buffer of as many indices as there are nodes, and a feed-forward block."""
+
+    def __init__(self, reach: Callable[[Tensor], Tensor], pick: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.reach, self.pick = reach, pick
+        self.register_buffer("picks", torch.tensor([[3, 1, 0, 2, 5, 4]]))
+        self.places, self.up = nn.Embedding(6, 5), nn.Linear(5, 8)
+        self.bn, self.down = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of each node."""
+        x = self.pick(x, self.reach(self.picks), self.places)
+        return self.down(self.bn(self.up(x)).relu())
+
+
+REACHES = [
+    lambda picks: picks[:, :6][0],
+    lambda picks: picks.view(6),
+    lambda picks: picks.detach().flatten(),
+    lambda picks: picks.to(torch.int32).to(torch.long)[0],
+    lambda picks: torch.ops.aten.alias(picks)[0],
+    lambda picks: picks.repeat(2, 1)[1],
+    lambda picks: torch.cat([picks[:, :3], picks[:, 3:]], 1)[0],
+    lambda picks: (picks + 1 - 1).squeeze(0),
+    lambda picks: torch.where(picks > 2, picks, picks.clamp(max=2))[0],
+    lambda picks: torch.stack(picks[0].chunk(2)).flatten(),
+]
+PICKS = {
+    "embedding": lambda x, i, places: x + places(i),
+    "index_select": lambda x, i, places: x.index_select(0, i),
+    "index": lambda x, i, places: x[i],
+    "two indices": lambda x, i, places: x + x[i, i % 5][:, None],
+    "gather": lambda x, i, places: x.gather(0, i[:, None].expand(-1, 5)),
+    "gather in order": lambda x, i, places: x.gather(0, i.repeat_interleave(5).view(6, 5)),
+    "index_put": lambda x, i, places: put_at(x, (i,), x),
+    "index_put twice": lambda x, i, places: put_at(x, (i, i % 5), x[:, 0]),
+    "scatter": lambda x, i, places: x.scatter(0, i[:, None].expand(-1, 5), x),
+    "scatter a number": lambda x, i, places: x.scatter(1, i[:, None] % 5, 1.0),
+    "index_add": lambda x, i, places: x.index_add(0, i, x),
+    "index_fill": lambda x, i, places: x.index_fill(0, i[:3], 0),
+    "take_along_dim": lambda x, i, places: x.take_along_dim(i[:, None], 0),
+    "take": lambda x, i, places: x + x.take(i)[:, None],
+    "one_hot": lambda x, i, places: F.one_hot(i, 6).to(x.dtype) @ x,
+    "bucketize": lambda x, i, places: x + torch.bucketize(x, i.sort()[0].to(x.dtype)),
+    "searchsorted": lambda x, i, places: x + torch.searchsorted(i.sort()[0].to(x.dtype), x),
+    "mask": lambda x, i, places: torch.cat([x[i > 2], x[i <= 2]]),
+    "bytes": lambda x, i, places: x.masked_fill((i > 2)[:, None], 0.5),
+    "where": lambda x, i, places: torch.where((i > 2)[:, None], x, -x),
+    "triangle": lambda x, i, places: (i[:, None] >= i).to(x.dtype).tril() @ x,
+    "list": lambda x, i, places: x[i.tolist()],
+    "array": lambda x, i, places: x[torch.as_tensor(i.numpy().copy())],
+    "length": lambda x, i, places: x * len(i),
+    "numbers": lambda x, i, places: torch.stack([x[n] for n in i]),
+    "embedding_bag": lambda x, i, places: x + F.embedding_bag(i[:, None], places.weight),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pick", PICKS.values(), ids=PICKS)
+def test_a_buffer_of_indices_stays_as_it_is(pick):
+    """Whatever it is reached through and used for, and what it does not touch goes."""
+    for reach in REACHES:
+        torch.manual_seed(0)
+        model, x = Picking(reach, pick), torch.randn(6, 5, dtype=torch.double)
+        assert count_left(model, [(x,), (-2 * x,)]) == 0
+        assert model.picks.tolist() == [[3, 1, 0, 2, 5, 4]]
+        assert model.up.out_features == 4

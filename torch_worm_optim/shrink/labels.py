@@ -59,6 +59,7 @@ class LabelMap:
         self.joined_to_pinned: list[tuple[Labels, str]] = []
         self.live_reads: list[tuple[Labels, str]] = []
         self.losses: list[tuple[Labels, str]] = []  # where zeros end, and why
+        self.dead_reads: list[Labels] = []
         self.balanced: list[list[Labels]] = []
         self.operator = ""  # the one that is being labelled
         self._joined_to_pinned = {PINNED}
@@ -167,19 +168,14 @@ class LabelMap:
 
     def read(self, labels: Labels, sees_zero: Flags) -> None:
         """Take note of a sum over a dimension that sees zero at some indices."""
-        self.live_reads.append(
-            (labels[~sees_zero], f"`{self.operator}` reads more than zeros of it")
-        )
+        why = f"`{self.operator}` reads more than zeros of it"
+        self.live_reads.append((labels[~sees_zero], why))
+        self.dead_reads.append(labels[sees_zero])
 
     def lose(self, labels: Labels, why: str) -> None:
         """Take note of why indices that were zero are so no longer."""
         if len(labels):
             self.losses.append((labels, why))
-
-
-def _memory_of(tensor: Tensor) -> int:
-    """What tells tensors that share memory; a sparse one shares none that is known."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -420,6 +420,10 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
             keep(labels, "this forward does not use it")
     for labels, reason in known.joined_to_pinned:
         keep(labels, reason)
+    # What no operator reads may be read by other code, as a list of indices is.
+    is_read = np.zeros(known.n_labels, dtype=bool)
+    is_read[root[np.concatenate([root[:0], *known.dead_reads])]] = True
+    keep(np.flatnonzero(~is_read[root]), "no operator that is known reads it")
     # Sizes may have to be multiples of a number, and some parts as large as others.
     changed = True
     while changed:
