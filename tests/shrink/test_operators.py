@@ -277,6 +277,26 @@ def test_what_is_not_exact_stays(between):
     assert count_left(Images(between), [images(0), images(1)]) == 4
 
 
+class OfItsBatch(nn.BatchNorm2d):
+    """A BatchNorm that always is in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise by the batch, and keep statistics."""
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, training=True)
+
+
+def test_statistics_of_the_batch_that_is_watched_are_no_matter():
+    """They are put back, and zero scales and shifts make zeros in training mode too."""
+    torch.manual_seed(0)
+    model = Images(nn.Dropout(0.0))
+    model.bn = OfItsBatch(8)
+    zero_channels(model)
+    before = model.bn.running_mean[model.bn.weight != 0].double()
+    assert count_left(model, [images(0), images(1)]) == 0
+    assert torch.equal(model.bn.running_mean, before)
+
+
 # ---- on graphs: nodes that read what their neighbours have
 
 
@@ -407,10 +427,11 @@ def test_what_is_not_exact_on_graphs_stays(between):
 class Blurred(nn.Module):
     """A filter for each channel, which is a buffer."""
 
-    def __init__(self, is_expanded: bool) -> None:
+    def __init__(self, is_expanded: bool, persistent: bool = True) -> None:
         super().__init__()
         blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
-        self.register_buffer("blur", blur.repeat(1 if is_expanded else 8, 1, 1, 1))
+        blur = blur.repeat(1 if is_expanded else 8, 1, 1, 1)
+        self.register_buffer("blur", blur, persistent=persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         """Half as large."""
@@ -443,6 +464,7 @@ def transposed(n: int, bias: bool) -> nn.Module:
     ("between", "n_read"),
     [
         (Blurred(True), 8),
+        (Blurred(True, persistent=False), 8),
         (Blurred(False), 8),
         (Deformed(True, True), 8),
         (Deformed(False, False), 8),
@@ -461,11 +483,11 @@ def test_zero_channels_go_through_other_convolutions(between, n_read):
     assert found in ([4], [1], [])
 
 
-def test_a_bias_behind_a_depthwise_transposed_convolution_keeps_its_channels():
-    """It makes something of zero."""
-    model = Images(transposed(1, True))
-    zero_channels(model)
-    assert shrink_(model.double(), images(0)).channels[1] == 4
+@pytest.mark.filterwarnings("ignore:Nothing was cut")
+@pytest.mark.parametrize("between", [transposed(1, True), Blurred(False, persistent=False)])
+def test_convolutions_that_keep_their_channels(between):
+    """A bias makes something of zero, and of filters that are not saved none can be left out."""
+    assert count_left(Images(between), [images(0), images(1)]) == 4
 
 
 # ---- a layer whose features become an image

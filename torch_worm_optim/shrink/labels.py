@@ -66,6 +66,7 @@ class LabelMap:
         # Activations are known as long as the forward itself keeps them.
         self._infos: Any = WeakIdKeyDictionary()
         self.named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.saved = set(model.state_dict(keep_vars=True))
         self.scattered = {id(self.named[name]) for name in limits.scattered}
         self.convolutions = {
             f"{name}.weight" for name, m in model.named_modules() if isinstance(m, _ConvNd)

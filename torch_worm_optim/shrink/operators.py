@@ -59,20 +59,21 @@ _SPATIAL = _operators("""
 _RANDOM = _operators("""
     bernoulli_ uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_
 """)
+# Operators that make a new tensor of a shape and read no values.
+FACTORIES = _operators("""
+    zeros ones empty full rand randn new_zeros new_ones new_empty new_full new_empty_strided
+    sym_size
+""")
+ZEROS = _operators("zeros new_zeros")  # those that make zeros
+_LIKE = _operators("zeros_like ones_like empty_like full_like rand_like randn_like randint_like")
 _PICKING = _operators("slice select index index_select embedding")
 # Operators whose result depends on more than what they are given, or on what is picked: what one
 # input picks another may not.
-VARYING = _PICKING | _RANDOM | _operators("gather native_dropout rrelu_with_noise")
+VARYING = _PICKING | _RANDOM | _LIKE | _operators("gather native_dropout rrelu_with_noise")
 _REARRANGING = _PICKING | _operators("""
     view _unsafe_view reshape unsqueeze squeeze permute transpose t expand repeat roll split
     split_with_sizes unbind flip rot90 unfold
 """)
-# Operators that make a new tensor of a shape and read no values.
-FACTORIES = _operators("""
-    zeros ones empty full rand randn new_zeros new_ones new_empty new_full zeros_like ones_like
-    empty_like full_like rand_like randn_like randint_like new_empty_strided sym_size
-""")
-ZEROS = _operators("zeros new_zeros zeros_like")  # those that make zeros
 
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -162,6 +163,10 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
     # A convolution's own number of groups is set anew, and a function's follows its input.
     if 1 < groups < n_in and (transposed or known.convolutions.isdisjoint(constant_of or ())):
         return False
+    is_expanded = weight.stride(0) == 0 and not of_weight[0].any()  # the same for each channel
+    # Who loads what is left would not know which filters of a buffer are, if it is not saved.
+    if is_depthwise and not is_expanded and not known.saved.issuperset(constant_of or ()):
+        return False
     for labels in (*of_x[2:], *of_weight[2:]):
         known.pin(labels, "spatial")
     zero_in = known.zeros_along(x, 1)
@@ -173,7 +178,7 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
         known.pin(of_weight[1], "depthwise")
         # Several filters of one channel go with it, and so with each other.
         of_out = np.repeat(of_x[1], n_out // n_in)
-        if weight.stride(0) or of_weight[0].any():  # one that is expanded is the same for each
+        if not is_expanded:
             known.join(of_x[1] if transposed else of_out, of_weight[0])
         zero_filters = known.zeros_along(weight, 0)
         zero_out = np.repeat(zero_in, n_out // n_in)
@@ -290,6 +295,13 @@ def _reduced(given: Any) -> Any:
     return [d for d in tree_leaves(given.get("dim")) if d is not None] or None
 
 
+def _alike(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """A new tensor of the shape of another."""
+    known.label(out, known.labels_of(args[0]))
+    known.info(out).is_zero = func.overloadpacket is _aten.zeros_like
+    return True
+
+
 def _filled(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
     """Numbers written over what was there."""
     if tensors_in((args[1:], kwargs)):
@@ -306,7 +318,7 @@ def _gather(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     x, index, dim = given["self"], given["index"], given["dim"] % max(out.dim(), 1)
     labels, zeros = [], known.info(x).zeros
     for d, size in enumerate(out.shape):
-        labels.append(_alike(known, [x, index], d) if d != dim else pinned(size))
+        labels.append(_together(known, [x, index], d) if d != dim else pinned(size))
     if dim < out.dim():
         for tensor in (x, index):
             known.pin(known.labels_of(tensor)[dim], "picked by index")
@@ -323,7 +335,7 @@ def _of_pixels(known: LabelMap, x: Tensor, n: int) -> list[Labels]:
     return known.labels_of(x)[:n]
 
 
-def _alike(known: LabelMap, tensors: Iterable[Tensor], d: int) -> Labels:
+def _together(known: LabelMap, tensors: Iterable[Tensor], d: int) -> Labels:
     """Join a dimension of tensors that are used index by index; of other sizes it stays."""
     places = [(tensor, d) for tensor in tensors]
     sizes = {tensor.shape[d] for tensor, _ in places}
@@ -352,7 +364,7 @@ def _scattered(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) 
             for tensor in tensors:
                 known.pin(known.labels_of(tensor)[d], "picked by index")
         else:
-            _alike(known, [*tensors, index] if "scatter" in str(func) else tensors, d)
+            _together(known, [*tensors, index] if "scatter" in str(func) else tensors, d)
     if zeros is not None:
         d = zeros[0]
         zero = known.known_zeros(x, d) | base.is_zero
@@ -384,7 +396,7 @@ def _unpooled(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -
     n = out.dim() - (2 if "2d" in str(func) else 3)
     for tensor in (x, indices):
         _of_pixels(known, tensor, n)
-    labels = [_alike(known, [x, indices], d) for d in range(n)]
+    labels = [_together(known, [x, indices], d) for d in range(n)]
     spatial = [pinned(size) for size in out.shape[n:]]
     known.label(out, [*labels, *spatial], zeros if zeros and zeros[0] < n else None)
     return True
@@ -575,6 +587,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((_aten.view_as_complex, _aten.view_as_real), _complex),
     _aten.convolution: _convolution,
     **dict.fromkeys((_aten.bmm, _aten.baddbmm, *_operators("_sparse_addmm")), _product),
+    **dict.fromkeys(_LIKE, _alike),
     **dict.fromkeys(_RANDOM | _operators("fill_ zero_"), _filled),
     **dict.fromkeys(_operators(_SCATTERING), _scattered),
     **dict.fromkeys((_aten.index_put, _aten.index_put_), _written_at),
