@@ -106,6 +106,14 @@ class LabelMap:
         info = self._infos.get(tensor)
         return None if info is None else info.labels
 
+    def told_labels(self, tensor: Tensor) -> list[Labels | None] | None:
+        """The same, but of a dimension that was expanded, of which any index may go."""
+        labels = self.known_labels(tensor)
+        if labels is None or tensor.layout != torch.strided:
+            return None
+        strides = zip(labels, tensor.stride(), strict=True)
+        return [own if stride or own.any() else None for own, stride in strides]
+
     def zeros_along(self, tensor: Tensor, dim: int) -> Flags:
         """Which indices of a dimension are zero whatever the input is."""
         known = self.known_zeros(tensor, dim)

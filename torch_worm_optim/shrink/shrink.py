@@ -330,7 +330,7 @@ def _refuse_spread(model: nn.Module, optimizer: Optimizer | None) -> None:
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with modes, buffers and random numbers put back afterwards."""
+    """Evaluation mode, with modes and random numbers put back afterwards."""
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(
@@ -338,7 +338,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             "before."
         )
     modes = [(module, module.training) for module in model.modules()]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     caches = torch.is_autocast_cache_enabled()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -360,13 +359,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
                 module.train(training)
         for module, training in modes:
             module.training = training
-        named = dict(model.named_buffers())
-        with torch.no_grad():
-            for name, buffer in buffers.items():
-                if named[name].shape != buffer.shape:
-                    continue
-                if buffer.layout != torch.strided or not torch.equal(named[name], buffer):
-                    named[name].copy_(buffer)
 
 
 def _runner(

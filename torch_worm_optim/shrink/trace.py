@@ -13,6 +13,7 @@ channels, never exactness.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -119,7 +120,7 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
         tensors = tensors_in((args, kwargs))
         # Of parameters it is known what shape they will have, and what arranges one is no cause.
         inputs = tuple(
-            None if isinstance(each, nn.Parameter) else known.known_labels(each) for each in tensors
+            None if isinstance(each, nn.Parameter) else known.told_labels(each) for each in tensors
         )
         if not tensors or any(each is not None for each in inputs):
             places.append((len(steps), place, known.operator))
@@ -225,11 +226,25 @@ def _outputs(model: nn.Module, passes: Sequence[Pass], tell: Any) -> Iterator[An
                     norm.eval()
         else:
             model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), _Watch(tell):
+        with torch.no_grad(), torch.random.fork_rng(), _buffers_kept(model), _Watch(tell):
             torch.manual_seed(0)
             outputs = model(*args, **kwargs)
         model.eval()
         yield outputs
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers back that a pass writes to, as statistics are."""
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        now = dict(model.named_buffers())
+        for name, (buffer, values) in before.items():
+            is_strided = buffer.layout == torch.strided
+            if now.get(name) is buffer and not (is_strided and torch.equal(buffer, values)):
+                buffer.copy_(values)
 
 
 def _place() -> Place:
@@ -352,10 +367,12 @@ def magnitudes(model: nn.Module, passes: Sequence[Pass], found: Trace | None = N
 
 def _agree(expected: Any, seen: Any) -> bool:
     """Whether shapes are those that are expected, where any are."""
-    return (
-        seen is not None
-        and len(expected) == len(seen)
-        and all(x is None or x == y for x, y in zip(expected, seen, strict=True))
+    if seen is None or len(expected) != len(seen):
+        return False
+    known = [(x, y) for x, y in zip(expected, seen, strict=True) if x is not None]
+    return all(
+        len(x) == len(y) and all(a is None or a == b for a, b in zip(x, y, strict=True))
+        for x, y in known
     )
 
 
@@ -451,7 +468,9 @@ def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -
 
     def shapes(tensors: Any) -> tuple[Any, ...]:
         return tuple(
-            None if each is None else tuple(int(stays[labels].sum()) for labels in each)
+            None
+            if each is None
+            else tuple(None if d is None else int(stays[d].sum()) for d in each)
             for each in tensors
         )
 
