@@ -6,7 +6,6 @@ and ``convert_sync_batchnorm`` put new parameters and modules in the places of o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_worm_optim.distributed import is_dtensor, placement, reshard_
-
-# Optimizers that keep matrices for a parameter's rows and columns, which may have its shape.
-_PRECONDITIONING = re.compile("Shampoo|SOAP|Kron")
+from torch_worm_optim.shrink import is_preconditioning, with_inner
 
 
 class Binding:
@@ -99,8 +96,8 @@ class Binding:
         """What the base optimizer, and those inside of it, keep for each entry of a parameter."""
         return [
             value
-            for optimizer in _with_inner(self.optimizer)
-            if not _PRECONDITIONING.search(type(optimizer).__name__)
+            for optimizer in with_inner([self.optimizer])
+            if not is_preconditioning(optimizer)
             for value in optimizer.state.get(parameter, {}).values()
             # A subclass of Tensor, or integers, may be a code of which 0 is no zero.
             if (type(value) is Tensor or is_dtensor(value))
@@ -115,12 +112,3 @@ def _at(model: nn.Module, name: str) -> Tensor | None:
     for key in name.split("."):
         found = getattr(found, key, None)
     return found if isinstance(found, torch.Tensor) else None
-
-
-def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
-    """An optimizer, and those that it wraps."""
-    found = [optimizer]
-    for each in found:  # which grows
-        inner = [value for value in vars(each).values() if isinstance(value, Optimizer)]
-        found += [value for value in inner if all(value is not other for other in found)]
-    return found

@@ -324,6 +324,7 @@ class WormOptimizer(OptimizerWrapper):
         self,
         *args: Any,
         batches: Iterable[Any] = (),
+        optimizers: Iterable[Optimizer] = (),
         scatter: bool = False,
         multiple_of: int = 1,
         **kwargs: Any,
@@ -337,7 +338,9 @@ class WormOptimizer(OptimizerWrapper):
         Args:
             *args: One batch for the model, which is run in evaluation mode.
             batches (iterable, optional): Further batches, where one does not use all of the model:
-                each a tensor, a tuple or a dict of keyword arguments (default: none).
+                each a tensor, a tuple or a dict of keyword arguments (default: ()).
+            optimizers (iterable, optional): What else trains the model, such as Muon for matrices
+                beside AdamW; their state is cut too (default: ()).
             scatter (bool, optional): Whether BatchNorms that write into a wider residual stream are
                 narrowed too, see :func:`~torch_worm_optim.shrink_` (default: False).
             multiple_of (int, optional): What sizes that change are a multiple of; 8 suits tensor
@@ -372,6 +375,7 @@ class WormOptimizer(OptimizerWrapper):
                 args,
                 kwargs,
                 optimizer=self.base_optim,
+                optimizers=optimizers,
                 ticket={name: state.ticket.mask(name) for name in state.ticket.masks},
                 batches=batches,
                 scatter=scatter,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from torch_worm_optim.shrink.resize import Sizes
-from torch_worm_optim.shrink.scatter import gather_, scatter_
+from torch_worm_optim.shrink.scatter import Scattered, gather_, scatter_
 
 # For each dimension of a tensor which indices stay; None where all do.
 Kept = tuple["Tensor | None", ...]
@@ -64,7 +65,12 @@ class Cut:
         }
         self.before = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
         self.sizes = Sizes(model)
-        self.scattered: list[nn.Module] = []  # BatchNorms that write by index now
+        self._modules = [m for m in model.modules() if not isinstance(m, Scattered)]
+
+    @property
+    def scattered(self) -> list[nn.Module]:
+        """The BatchNorms that write by index now, and did not at first."""
+        return [module for module in self._modules if isinstance(module, Scattered)]
 
     def cut_(self, kept: Mapping[str, Kept]) -> None:
         """Cut parameters and buffers, and set what modules say of their sizes."""
@@ -79,15 +85,25 @@ class Cut:
     def scatter_(self, module: nn.Module, indices: Tensor, width: int) -> None:
         """Have a BatchNorm write into a tensor of so many channels."""
         scatter_(module, indices, width)
-        self.scattered.append(module)
 
     def undo(self) -> None:
         """Put everything back."""
-        while self.scattered:
-            gather_(self.scattered.pop())
+        for module in self.scattered:
+            gather_(module)
         named = named_tensors(self.model)
         with torch.no_grad():
             for name, tensor in self.before.items():
                 if named[name].shape != tensor.shape:
                     named[name].set_(tensor)  # type: ignore[call-overload]
         self.sizes.restore()
+
+
+@contextlib.contextmanager
+def put_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Have a model be as it is now if anything goes wrong."""
+    before = Cut(model)
+    try:
+        yield
+    except BaseException:
+        before.undo()
+        raise

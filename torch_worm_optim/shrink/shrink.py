@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import itertools
 import math
 import traceback
@@ -25,11 +24,12 @@ from torch.utils._pytree import tree_map
 
 from torch_worm_optim._checks import check_count, warn_user
 from torch_worm_optim.distributed import canonical_name, is_dtensor
-from torch_worm_optim.shrink.cut import Cut, cut_tensor, named_tensors
+from torch_worm_optim.shrink.cut import Cut, put_back_on_error
 from torch_worm_optim.shrink.held import held_masks, only_held_zeros
 from torch_worm_optim.shrink.labels import Limits, tensors_of
 from torch_worm_optim.shrink.report import ShrinkReport
 from torch_worm_optim.shrink.scatter import can_scatter
+from torch_worm_optim.shrink.state import cut_state_, with_inner
 from torch_worm_optim.shrink.trace import (
     ComputesOtherwiseError,
     Pass,
@@ -57,6 +57,7 @@ def shrink_(
     kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: Optimizer | None = None,
+    optimizers: Iterable[Optimizer] = (),
     ticket: Mapping[str, Tensor] | None = None,
     batches: Iterable[Any] = (),
     scatter: bool = False,
@@ -75,7 +76,10 @@ def shrink_(
         args: One batch for ``model(*args, **kwargs)``: a tensor or a tuple. It is run in evaluation
             mode, a few times.
         kwargs: Keyword arguments of the same call.
-        optimizer: An optimizer of the model, whose state is cut alike.
+        optimizer: An optimizer of the model, whose state is cut alike, with that of optimizers that
+            it wraps or that wrap it. State that cannot be cut, such as factors and codes, starts
+            afresh for the parameter, with one warning.
+        optimizers: What else trains the model, such as Muon for matrices beside AdamW.
         ticket: Bool masks by parameter name, True = kept, that were applied to the model. Of
             trainable parameters only zeros that it removes count then; others are values that
             training will move. Without it every zero counts.
@@ -90,11 +94,15 @@ def shrink_(
         The :class:`ShrinkReport`.
 
     Raises:
-        TypeError: If ``multiple_of`` is not a number.
-        ValueError: If ``multiple_of`` is not a whole number of at least 1.
-        RuntimeError: If the model is sharded or wrapped in DistributedDataParallel, if the
-            optimizer's state is spread over ranks, if the model's output differs from call to call,
-            or if what it computes would change. Model and optimizer are left as they were.
+        TypeError: If ``multiple_of`` is not a number, an optimizer is none, or the model returns no
+            tensor.
+        ValueError: If ``multiple_of`` is not a whole number of at least 1, or the ticket is for
+            another model or was not applied to this one.
+        RuntimeError: If the model cannot be run with the batch, is sharded or wrapped in
+            DistributedDataParallel, if the optimizer's state is spread over ranks, if an optimizer
+            that was not passed trains a parameter that would be cut, if the model's output differs
+            from call to call, or if what it computes would change. Whatever fails, model and
+            optimizers are left as they were.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
@@ -105,10 +113,25 @@ def shrink_(
         (2, 2, 2)
     """
     multiple_of = check_count("multiple_of", multiple_of, least=1)
-    _refuse_spread(model, optimizer)
+    given = _checked(optimizer, optimizers)
+    _refuse_spread(model, given)
+    _refuse_lazy(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has around it
     masks = None if ticket is None else held_masks(model, ticket)
     passes = [_pass(args, kwargs), *(_pass(each) for each in batches)]
+    with put_back_on_error(model):
+        return _shrink(model, passes, masks, given, scatter, multiple_of)
+
+
+def _shrink(
+    model: nn.Module,
+    passes: list[Pass],
+    masks: Mapping[str, Tensor] | None,
+    optimizers: Sequence[Optimizer],
+    scatter: bool,
+    multiple_of: int,
+) -> ShrinkReport:
+    """Shrink a model, and the state of these optimizers."""
     with _evaluation(model):
         passes, run, expected = _runner(model, passes)
         attempts = itertools.product(dict.fromkeys((scatter, False)), (True, False), (True, False))
@@ -143,8 +166,6 @@ def shrink_(
             f"BatchNorms of {type(model).__name__} cannot write by index into a wider tensor "
             f"({problem}), so it was shrunk without `scatter`."
         )
-    if optimizer is not None:
-        _cut_state(optimizer, cut)
     layers: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         layer = name.rpartition(".")[0] or name
@@ -164,6 +185,7 @@ def shrink_(
         shapes={name: cut.before[name].shape for name in cut.kept},
         is_scattered=bool(cut.scattered),
     )
+    cut_state_(cut, optimizers)
     if masks is None or not all(mask.all() for mask in masks.values()):
         _warn(report, model)
     return report
@@ -280,32 +302,32 @@ def _difference_of(expected: Run, result: Run) -> str:
     )
 
 
-def _cut_state(optimizer: Optimizer, cut: Cut) -> None:
-    """Cut gradients and the optimizer's state as their parameters were cut."""
-    named, reset = named_tensors(cut.model), []
-    for name, kept in cut.kept.items():
-        parameter, shape = named[name], cut.before[name].shape
-        smaller = functools.partial(cut_tensor, kept=kept, groups=cut.groups.get(name, 1))
-        if parameter.grad is not None:
-            gradient, parameter.grad = parameter.grad, None
-            parameter.grad = smaller(gradient)
-        state = optimizer.state.get(parameter, {})
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        if any(value.numel() > 1 and value.shape != shape for value in tensors.values()):
-            del optimizer.state[parameter]
-            reset.append(name)
-        else:
-            state.update({k: smaller(v) for k, v in tensors.items() if v.shape == shape})
-    if reset:
-        warn_user(
-            f"{type(optimizer).__name__} keeps something of another shape than the parameter's for "
-            f"{len(reset)} parameters, {reset[0]!r} among them, which cannot be cut as the "
-            "parameters are. It starts afresh for them."
+def _checked(optimizer: Optimizer | None, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """All optimizers in one list."""
+    if isinstance(optimizers, Optimizer):
+        optimizers = [optimizers]
+    given = [*([] if optimizer is None else [optimizer]), *optimizers]
+    for each in given:
+        if not isinstance(each, Optimizer):
+            raise TypeError(
+                "`optimizer`, and all in `optimizers`, must be torch.optim.Optimizers, got "
+                f"{type(each).__name__}. Pass the optimizers that train the model."
+            )
+    return given
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Raise for a model that has not seen any input."""
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{lazy!r} has no shape yet, so nothing is known of its zeros. Run the model once "
+            "before."
         )
 
 
-def _refuse_spread(model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Raise for a model or an optimizer that other ranks have a part or a copy of."""
+def _refuse_spread(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise for a model or optimizers that other ranks have a part or a copy of."""
     name = next((n for n, p in model.named_parameters() if is_dtensor(p)), None)
     if name is not None:
         raise RuntimeError(
@@ -320,7 +342,9 @@ def _refuse_spread(model: nn.Module, optimizer: Optimizer | None) -> None:
             "anew. A WormOptimizer shrinks the model that it was built with: build it with "
             "`.module`; docs/distributed.md shows how, also for one that is built already."
         )
-    if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer has it
+    for optimizer in with_inner(optimizers):
+        if not hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer has it
+            continue
         raise RuntimeError(
             f"{type(optimizer).__name__} spreads its state over ranks, and parts cannot be cut "
             "alone. Load its consolidated state into the optimizer that it is made of, and shrink "
@@ -331,12 +355,6 @@ def _refuse_spread(model: nn.Module, optimizer: Optimizer | None) -> None:
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with modes and random numbers put back afterwards."""
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
-        raise ValueError(
-            f"{lazy!r} has no shape yet, so nothing is known of its zeros. Run the model once "
-            "before."
-        )
     modes = [(module, module.training) for module in model.modules()]
     caches = torch.is_autocast_cache_enabled()
     fast_path = torch.backends.mha.get_fastpath_enabled()
