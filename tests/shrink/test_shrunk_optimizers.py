@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from types import SimpleNamespace
 
+import every_shrunk_optimizer
 import pytest
 import torch
 import training
@@ -554,3 +555,16 @@ def test_a_model_that_cannot_go_back_to_training_is_whole(scatter):
     assert_equal(everything(model, opt), before)
     assert [type(m) for m in model] == kinds
     assert (model[0].out_channels, model[4].num_features) == (8, 12)
+
+
+@pytest.mark.parametrize("name", every_shrunk_optimizer.names())
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_optimizer_trains_on(name, monkeypatch):
+    """As its pruned twin does, or afresh, or by means over parameters that are smaller now."""
+    if name.startswith("timm."):
+        monkeypatch.setattr("timm.optim.kron.has_dynamo", False)  # or it compiles itself
+    outcome, details = every_shrunk_optimizer.judge(name)
+    assert outcome not in ("crashed", "nothing was cut"), details
+    assert "not finite" not in details
+    if name in ("torch.SGD", "torch.AdamW", "torch.SparseAdam", "timm.lookahead_adam"):
+        assert outcome == "equal to the twin"
