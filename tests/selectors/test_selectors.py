@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
 from training import small_cnn
 
 from torch_worm_optim import (
     BatchNormSelector,
+    FeedForwardSelector,
     ParameterSelector,
     Part,
     QueryKeySelector,
@@ -33,7 +36,7 @@ def names(selector, model):
 
 
 class Block(nn.Module):
-    """All kinds of BatchNorm, with and without scales, and layers that look like one."""
+    """All kinds of BatchNorm and InstanceNorm, with and without scales, and other norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +46,8 @@ class Block(nn.Module):
         self.sync = nn.SyncBatchNorm(2)
         self.plain = nn.BatchNorm2d(2, affine=False)
         self.instance = nn.InstanceNorm2d(2, affine=True)
+        self.running = nn.InstanceNorm1d(2, affine=True, track_running_stats=True)
+        self.plain_instance = nn.InstanceNorm3d(2)
         self.group = nn.GroupNorm(1, 2)
         self.layer = nn.LayerNorm(2)
 
@@ -50,10 +55,10 @@ class Block(nn.Module):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_kind_of_batchnorm_with_a_scale_is_selected(device, bias):
-    """1d, 2d, 3d and synchronised ones are; other norms and scales that are not there are not."""
+    """InstanceNorms are too; other norms and scales that are not there are not."""
     selected = BatchNormSelector(bias=bias)(Block().to(device))
 
-    kinds = ("one", "two", "three", "sync")
+    kinds = ("one", "two", "three", "sync", "instance", "running")
     assert selected == [
         Representative(f"{kind}.weight", (f"{kind}.bias",) if bias else ()) for kind in kinds
     ]
@@ -139,6 +144,8 @@ def test_the_default_takes_scales_before_queries_and_keys():
 
     assert names(default_selector, nn.ModuleList([attention, nn.BatchNorm1d(4)])) == ["1.weight"]
     assert names(default_selector, attention) == ["in_proj_weight"]
+    translator = nn.ModuleList([attention, nn.InstanceNorm2d(4, affine=True)])
+    assert names(default_selector, translator) == ["1.weight"]
 
 
 class Gain(nn.Module):
@@ -382,6 +389,90 @@ def test_rows_are_units():
     scalar.w = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match=r"'w' is a scalar of shape \(\) and has no rows"):
         ParameterSelector("w", granularity="row")(scalar)
+
+
+class Conv1D(nn.Module):
+    """As GPT-2's: a linear layer whose first dimension is that of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = (
+            4,
+            nn.Parameter(torch.ones(4, 4)),
+            nn.Parameter(torch.ones(4)),
+        )
+
+
+BIASES = {  # by layer: which bias the rows of which weight take along
+    "linear": (lambda: nn.Linear(4, 4), {"weight": "bias"}),
+    "without": (lambda: nn.Linear(4, 4, bias=False), {"weight": None}),
+    "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2), {"weight": "bias"}),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 4, 3), {"weight": None}),
+    "Conv1D": (Conv1D, {"weight": None}),
+    "norm": (lambda: nn.GroupNorm(1, 4), {"weight": "bias"}),
+    "embedding": (lambda: nn.Embedding(4, 4), {"weight": None}),
+    "recurrent": (lambda: nn.GRU(4, 4), {"weight_ih_l0": None, "weight_hh_l0": None}),
+    "attention": (
+        lambda: nn.MultiheadAttention(4, 2),
+        {"in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"},
+    ),
+    "weight norm": (
+        lambda: parametrizations.weight_norm(nn.Conv1d(2, 4, 3)),
+        {"parametrizations.weight.original0": "bias", "parametrizations.weight.original1": None},
+    ),
+    "spectral norm": (lambda: spectral_norm(nn.Conv1d(2, 4, 3)), {"weight_orig": "bias"}),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("path", ["", "inner."])
+def test_the_bias_of_rows_follows_them(kind, path):
+    """Where the first dimension of a weight is that of the bias, and nothing else is added."""
+    make, biases = BIASES[kind]
+    model = nn.ModuleDict({"inner": make()}) if path else make()
+
+    def which(name, parameter):
+        return "bias" not in name
+
+    for granularity in ("entry", "row"):
+        found = {
+            each.name.removeprefix(path): tuple(part.name for part in each.followers)
+            for each in ParameterSelector(which, granularity=granularity)(model)
+        }
+        follow = granularity == "row"
+        assert found == {n: (path + b,) if b and follow else () for n, b in biases.items()}
+
+
+def test_a_bias_that_matches_or_is_shared_follows_once():
+    """It is ranked by itself, or follows the first of the weights that it belongs to."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    both = ParameterSelector("*", granularity="row")(model)
+    assert [each.name for each in both] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert not any(each.followers for each in both)
+    model[2].bias = model[0].bias
+
+    first, second = ParameterSelector("*.weight", granularity="row")(model)
+
+    assert [part.name for part in first.followers] == ["0.bias"]
+    assert second.followers == ()
+    wrap(ParameterSelector("*.weight", granularity="row"), model)
+
+
+def test_layers_that_were_compiled_have_no_kinds():
+    """What is around them is selected, and their parameters can be named."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    attention = nn.MultiheadAttention(4, 2)
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    model = nn.ModuleList([compiled, attention, layer])
+
+    assert names(default_selector, model) == ["1.in_proj_weight", "2.self_attn.in_proj_weight"]
+    assert names(FeedForwardSelector(), model) == ["2.linear1.weight"]
+    opt = wrap(ParameterSelector("0.*.weight"), model)
+    opt.sample()
+    opt.prune(force=True)
+    assert compiled[0].weight.eq(0).any()
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

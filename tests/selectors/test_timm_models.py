@@ -49,7 +49,7 @@ def test_each_scale_of_a_timm_model_is_selected_once(name_of_any):
         and isinstance(getattr(module, "weight", None), nn.Parameter)
     ]
     if not scales:
-        with pytest.raises(ValueError, match="found no BatchNorm layer"):
+        with pytest.raises(ValueError, match="found no BatchNorm or InstanceNorm layer"):
             BatchNormSelector()(model)
         return
     parameters = dict(model.named_parameters())

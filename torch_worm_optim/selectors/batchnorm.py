@@ -1,11 +1,11 @@
-"""BatchNorm scales: the representative parameters of convolutional networks."""
+"""Scales of BatchNorms and InstanceNorms: the representatives of convolutional networks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_worm_optim.selectors.representative import (
@@ -17,20 +17,22 @@ from torch_worm_optim.selectors.representative import (
 
 @dataclass(frozen=True)
 class BatchNormSelector(JoinableSelector):
-    """Select the scale of every affine BatchNorm, each once, in the order of ``model.modules()``.
+    """Select the scale of every affine BatchNorm and InstanceNorm, in the order of the modules.
 
     A BatchNorm scale multiplies a whole channel, so its magnitude ranks the channel: the idea of
     network slimming [1], which Early-Bird search and WORM take over. All kinds count:
     ``BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` and whatever derives from them, such as
-    timm's ``BatchNormAct2d``. A scale shared by two layers is selected once.
+    timm's ``BatchNormAct2d``, and ``InstanceNorm1d``, ``2d``, ``3d`` with ``affine=True``, which
+    normalise each channel by itself, too. A scale shared by two layers is selected once.
 
     Args:
         bias (bool, optional): Whether the shift follows its scale, so that truncation and pruning
             reach both (default: True, as in the authors' published code).
 
     Raises:
-        ValueError: When the model has no affine BatchNorm, or the scale or shift of one is computed
-            from another parameter, as ``torch.nn.utils.prune`` and ``parametrize`` make it.
+        ValueError: When the model has no affine BatchNorm or InstanceNorm, or the scale or shift of
+            one is computed from another parameter, as ``torch.nn.utils.prune`` and ``parametrize``
+            make it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -45,13 +47,13 @@ class BatchNormSelector(JoinableSelector):
     bias: bool = True
 
     def __call__(self, model: nn.Module) -> list[Representative]:
-        """The BatchNorm scales of ``model``."""
+        """The scales of ``model``."""
         # A parameter shared by two modules has one name in named_parameters(): the first.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         shifts_of: dict[str, list[str]] = {}
         followed: set[int] = set()  # a shift shared by two layers follows the first of their scales
         for module in model.modules():
-            scale = _parameter(module, "weight") if isinstance(module, _BatchNorm) else None
+            scale = _parameter(module, "weight") if isinstance(module, _NormBase) else None
             if scale is None:
                 continue
             shift = _parameter(module, "bias") if self.bias else None
@@ -60,7 +62,8 @@ class BatchNormSelector(JoinableSelector):
                 followed.add(id(shift))
                 shifts.append(names[id(shift)])
         if not shifts_of:
-            raise nothing_found("BatchNormSelector found no BatchNorm layer with a scale", model)
+            what = "BatchNormSelector found no BatchNorm or InstanceNorm layer with a scale"
+            raise nothing_found(what, model)
         return [Representative(name, tuple(shifts)) for name, shifts in shifts_of.items()]
 
 

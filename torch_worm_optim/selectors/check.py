@@ -73,6 +73,12 @@ def select(
             "`selector` must be a callable model -> list of Representative, such as "
             f"BatchNormSelector(), got {selector!r}."
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "A model that torch.jit compiled cannot be searched, got a "
+            f"{type(model).__name__}. Build WormOptimizer with the Python module that it was made "
+            "of, and script or trace that after shrinking."
+        )
     representatives = list(selector(model))
     if not representatives:
         raise nothing_found(f"The selector {selector!r} found nothing", model)

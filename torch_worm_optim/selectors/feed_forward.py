@@ -167,7 +167,11 @@ class FeedForwardSelector(JoinableSelector):
 
     def _understood(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Layouts]]:
         """The blocks and their layouts, once nothing that looks like one is left."""
-        modules = dict(model.named_modules())
+        modules = {
+            path: module
+            for path, module in model.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # whose class tells nothing
+        }
         layouts: dict[str, list[Layouts] | None] = {}
         left_out: dict[str, str] = {}
         understood_inside: set[str] = set()  # paths of modules

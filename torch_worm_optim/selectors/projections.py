@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # A weight (or the module that has it) by its path in the attention module, and its layout; or what
@@ -323,6 +324,11 @@ _OUTPUT_DIM = {
 }
 
 
+def has_inputs_first(module: nn.Module) -> bool:
+    """Whether the first dimension of its weight is another than that of output features."""
+    return any(kind.__name__ in _OUTPUT_DIM for kind in type(module).__mro__)
+
+
 def stated_layouts(module: Any, stated: Mapping[str, Layouts]) -> Layouts | None:
     """What the user states for a module's class, or one above it, by the name of the class."""
     return next((stated[c.__name__] for c in type(module).__mro__ if c.__name__ in stated), None)
@@ -340,6 +346,8 @@ def known_layouts(module: Any, table: Mapping[str, Layouts]) -> Layouts | None:
 
 def attention_layouts(module: nn.Module, layouts: Mapping[str, Layouts]) -> Layouts | None:
     """The layouts of a module: the user's, or those that its names and its class tell."""
+    if isinstance(module, torch.jit.ScriptModule):  # which has no class that tells anything
+        return {}
     stated, known = stated_layouts(module, layouts), known_layouts(module, _BY_CLASS)
     if stated is not None or known == {}:
         return stated or {}
