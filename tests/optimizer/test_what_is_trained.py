@@ -449,7 +449,7 @@ def test_shifts_and_selected_parts_are_in_the_ticket():
     model, opt = at_ticket(
         selector=BatchNormSelector() | ParameterSelector("8.weight", granularity="row")
     )
-    assert set(opt.final_mask) == {*SCALES, *SHIFTS, "8.weight"}
+    assert set(opt.final_mask) == {*SCALES, *SHIFTS, "8.weight", "8.bias"}
     opt.prune()
     for name, parameter in model.named_parameters():
         if name in opt.final_mask:

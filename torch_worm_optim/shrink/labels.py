@@ -71,8 +71,11 @@ class LabelMap:
         self.convolutions = {
             f"{name}.weight" for name, m in model.named_modules() if isinstance(m, _ConvNd)
         }
+        filters = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
         for name, tensor in self.named.items():
-            self.label(tensor, [self.new(size) for size in tensor.shape])
+            n_free = 2 if id(tensor) in filters else tensor.dim()  # all others are spatial
+            labels = [self.new(size) for size in tensor.shape[:n_free]]
+            self.label(tensor, labels + [pinned(size) for size in tensor.shape[n_free:]])
             self._infos[tensor].constant_of = frozenset({name})
 
     def new(self, size: int) -> Labels:

@@ -245,19 +245,67 @@ def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) ->
     x, scale, shift, *statistics = args[:5]
     labels = list(known.labels_of(x))
     channels = labels[1]
-    zero = np.zeros(len(channels), dtype=bool)
     for tensor in (scale, shift, *statistics):
         if isinstance(tensor, Tensor):
             known.join(channels, known.labels_of(tensor)[0])
-    if scale is not None and shift is not None:
-        zero = known.zeros_along(scale, 0) & known.zeros_along(shift, 0)
+    for normalised in (labels[0], *labels[2:]):
+        known.pin(normalised, "normalised over")
+    # Without running statistics a channel of zeros has a mean of zero.
+    has_statistics = any(isinstance(each, Tensor) for each in statistics)
+    zero = known.known_zeros(x, 1) & (not has_statistics)
+    if scale is not None:
+        zero = zero | known.zeros_along(scale, 0)
+    if shift is not None:
+        zero = zero & known.zeros_along(shift, 0)
     lost = known.known_zeros(x, 1) & ~zero
     known.lose(channels[lost], "a later BatchNorm makes something else of zero")
+    for tensor in out[1:3]:  # mean and variance, unless they are running ones
+        has_own = tensor.shape == (len(channels),)
+        known.label(tensor, [channels] if has_own else [pinned(n) for n in tensor.shape])
     if id(scale) in known.scattered:
         # What is written into the wider tensor is read there: only zeros may be left out.
         known.read(channels, zero)
         labels[1] = pinned(len(channels))
     known.label(out[0], labels, (1, zero))
+    return True
+
+
+def _weight_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+    """A matrix whose indices along one dimension are each divided by their norm, and scaled."""
+    matrix, scale = args[:2]
+    dim = args[2] if len(args) > 2 else 0
+    labels, of_scale = known.labels_of(matrix), known.labels_of(scale)
+    known.join(labels[dim], of_scale[dim])
+    for d in set(range(matrix.dim())) - {dim}:
+        known.pin(labels[d][~known.zeros_along(matrix, d)], "weight norm sums over them")
+    known.label(out[0], labels)
+    known.label(out[1], of_scale)
+    return True
+
+
+def _mv(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """A matrix times a vector, as the norm of a whole matrix is made."""
+    matrix, vector = args
+    if any(known.info(each).constant_of is None for each in args):
+        return False
+    (rows, columns), [inner] = known.labels_of(matrix), known.labels_of(vector)
+    known.join(columns, inner)
+    # The vector of a spectral norm is zero where the matrix is, but not for good.
+    known.pin(columns[~known.zeros_along(matrix, 1)], "spectral norm is over the whole matrix")
+    known.label(out, [rows], (0, known.zeros_along(matrix, 0)))
+    return True
+
+
+def _dot(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Two vectors multiplied, and summed up."""
+    a, b = args
+    if any(known.info(each).constant_of is None for each in args):
+        return False
+    [of_a], [of_b] = known.labels_of(a), known.labels_of(b)
+    known.join(of_a, of_b)
+    zero = known.known_zeros(a, 0) | known.known_zeros(b, 0)
+    known.pin(of_a[~zero], "spectral norm is over the whole matrix")
+    known.label(out, [])
     return True
 
 
@@ -585,7 +633,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((_aten.addmm, _aten.mm), _linear),
     **dict.fromkeys((_aten.cat, _aten.stack), _cat),
     **dict.fromkeys((_aten.view_as_complex, _aten.view_as_real), _complex),
-    _aten.convolution: _convolution,
+    **dict.fromkeys((_aten.convolution, _aten._convolution), _convolution),
+    **dict.fromkeys(_operators("dot vdot"), _dot),
     **dict.fromkeys((_aten.bmm, _aten.baddbmm, *_operators("_sparse_addmm")), _product),
     **dict.fromkeys(_LIKE, _alike),
     **dict.fromkeys(_RANDOM | _operators("fill_ zero_"), _filled),
@@ -596,6 +645,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((_aten.pixel_unshuffle, _aten.im2col), _repeated),
     **dict.fromkeys(_operators("channel_shuffle native_channel_shuffle"), _channel_shuffle),
     **dict.fromkeys((_aten.grid_sampler_2d, _aten.grid_sampler_3d), _sampled),
+    _aten.mv: _mv,
+    _aten._weight_norm_interface: _weight_norm,
     _aten.gather: _gather,
     _aten.constant_pad_nd: _padded,
     _aten.glu: _glu,

@@ -16,11 +16,15 @@ from torch_worm_optim.shrink.scatter import SCATTER, WIDTH
 def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load the ``state_dict`` of a shrunk network into a fresh one, which takes its shapes.
 
+    An InstanceNorm that has neither parameters nor statistics takes channels as they come. It goes
+    on saying how many it was built for, and torch warns of that.
+
     Args:
         model: The network as it is built, of the dense size.
         state_dict: What ``state_dict()`` of the shrunk network returned, from any file format.
 
     Raises:
+        TypeError: If torch.jit compiled the model.
         ValueError: If it is of another network; the message names a parameter, and the model is
             left as it was.
 

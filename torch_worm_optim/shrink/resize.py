@@ -6,12 +6,18 @@ a grouped convolution, a PReLU and an attention layer compute with them.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 # How attention modules call the number of their heads, and how the channels of all heads together.
 _HEADS = (
@@ -30,30 +36,53 @@ _SIZES = (
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's ``Conv1D``, a linear layer whose weight is transposed."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+    is_called_so = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    return is_called_so and isinstance(getattr(module, "nf", None), int)
 
 
 def states_its_size(module: nn.Module) -> bool:
     """Whether it is a layer of torch that computes with sizes that are not set here."""
-    kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
-    resizable = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU, nn.Embedding)
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    if isinstance(module, ParametrizationList):
+        return not all(isinstance(each, (_SpectralNorm, _WeightNorm)) for each in module)
+    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules."))
+    resizable = (_ConvNd, nn.Linear, _NormBase, nn.PReLU, nn.Embedding)
     return next(kinds) is not nn.Module and not isinstance(module, resizable)
+
+
+def _weight_of(module: Any) -> Any:
+    """A layer's weight, or what it is computed from that has its shape; None if it stays."""
+    if is_parametrized(module, "weight"):
+        makers = module.parametrizations.weight
+        return None if states_its_size(makers) else list(makers.parameters(recurse=False))[-1]
+    own = {**module._parameters, **module._buffers}
+    found = (own.get(key) for key in ("weight", "weight_orig", "weight_v"))
+    return next((each for each in found if each is not None), None)
 
 
 class Sizes:
     """What the modules of a model say of the sizes that their parameters have now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "The layers of a model that torch.jit compiled cannot be given other sizes, got a "
+                f"{type(model).__name__}. Shrink the Python module that it was made of, and script "
+                "or trace that afterwards."
+            )
+        python = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         keys = {*_HEADS, *_CHANNELS, *_SIZES}
         self._said = {
             module: {k: v for k, v in vars(module).items() if k in keys and type(v) is int}
-            for module in model.modules()
+            for module in python
         }
         # The matrices of each attention layer, with how many features those give and read.
         self._matrices: dict[nn.Module, list[tuple[nn.Module, str, int, int]]] = {}
         owners: dict[str, nn.Module | None] = {}  # the innermost that says how many heads it has
         for path, module in model.named_modules():
+            if module not in self._said:
+                continue
             has_heads = not self._said[module].keys().isdisjoint(_HEADS)
             owner = owners[path] = module if has_heads else owners.get(path.rpartition(".")[0])
             for name, weight in module.named_parameters(recurse=False):
@@ -63,8 +92,8 @@ class Sizes:
 
     def update(self) -> None:
         """Have modules say of their sizes what their parameters are."""
-        _tell_compiler(self._model)
-        for module in self._model.modules():
+        _tell_compiler(self._said)
+        for module in self._said:
             _update(module)
         for attention, matrices in self._matrices.items():
             # The last of several reads what the heads give, or is one of several values.
@@ -87,7 +116,7 @@ class Sizes:
         for module, sizes in self._said.items():
             for key, value in sizes.items():
                 setattr(module, key, value)
-        _tell_compiler(self._model)
+        _tell_compiler(self._said)
 
 
 def _features(module: nn.Module, name: str) -> tuple[int, int]:
@@ -96,9 +125,9 @@ def _features(module: nn.Module, name: str) -> tuple[int, int]:
     return (b, a) if is_conv1d(module) else (a, b)
 
 
-def _tell_compiler(model: nn.Module) -> None:
+def _tell_compiler(modules: Iterable[nn.Module]) -> None:
     """Have torch.compile look at shapes again, as it does where dicts of parameters change."""
-    for module in model.modules():
+    for module in modules:
         dicts: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in dicts:
             for name in list(tensors):
@@ -107,8 +136,15 @@ def _tell_compiler(model: nn.Module) -> None:
 
 def _update(module: Any) -> None:
     """Have a layer say of its sizes what its parameters are."""
-    if isinstance(module, _ConvNd):
-        shape = module.weight.shape
+    weight = _weight_of(module)
+    if isinstance(module, _NormBase):
+        statistics = weight if weight is not None else module.running_mean
+        if statistics is not None:
+            module.num_features = len(statistics)
+    elif weight is None:
+        return
+    elif isinstance(module, _ConvNd):
+        shape = weight.shape
         if isinstance(module, _ConvTransposeNd):
             if module.groups == module.in_channels > 1:
                 module.groups = shape[0]
@@ -120,14 +156,27 @@ def _update(module: Any) -> None:
         else:
             module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _BatchNorm):
-        statistics = module.weight if module.weight is not None else module.running_mean
-        if statistics is not None:
-            module.num_features = len(statistics)
+        module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
+        module.num_parameters = len(weight)
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = module.weight.shape[1]
+        module.embedding_dim = weight.shape[1]
     elif is_conv1d(module):
-        module.nx, module.nf = module.weight.shape
+        module.nx, module.nf = weight.shape
+
+
+@contextlib.contextmanager
+def widths_of_inputs(model: nn.Module) -> Iterator[None]:
+    """While it runs, have InstanceNorms without parameters say how many channels they are given."""
+
+    def take(module: Any, args: Any) -> None:
+        for x in args:
+            module.num_features = x.shape[x.dim() - module._get_no_batch_dim()]
+
+    norms = [each for each in model.modules() if isinstance(each, _InstanceNorm)]
+    hooks = [each.register_forward_pre_hook(take) for each in norms if not each.state_dict()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

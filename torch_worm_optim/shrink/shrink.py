@@ -94,8 +94,8 @@ def shrink_(
         The :class:`ShrinkReport`.
 
     Raises:
-        TypeError: If ``multiple_of`` is not a number, an optimizer is none, or the model returns no
-            tensor.
+        TypeError: If ``multiple_of`` is not a number, an optimizer is none, torch.jit compiled the
+            model, or it returns no tensor.
         ValueError: If ``multiple_of`` is not a whole number of at least 1, or the ticket is for
             another model or was not applied to this one.
         RuntimeError: If the model cannot be run with the batch, is sharded or wrapped in

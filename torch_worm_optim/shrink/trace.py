@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +43,7 @@ from torch_worm_optim.shrink.labels import (
     tensors_of,
 )
 from torch_worm_optim.shrink.operators import FACTORIES, VARYING, ZEROS, rule_of
-from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
+from torch_worm_optim.shrink.resize import is_conv1d, states_its_size, widths_of_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +141,10 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
 
         return finish
 
-    for each, outputs in zip(passes, _outputs(model, passes, watch), strict=True):
-        for tensor in tensors_in((each.args, each.kwargs)) + tensors_of(outputs):
-            known.pin_all(tensor, "the model's output")
+    with _scripts_pinned(known, model):
+        for each, outputs in zip(passes, _outputs(model, passes, watch), strict=True):
+            for tensor in tensors_in((each.args, each.kwargs)) + tensors_of(outputs):
+                known.pin_all(tensor, "the model's output")
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if (
@@ -152,6 +154,24 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
             for tensor in own:  # one of them may be another layer's as well
                 known.pin_all(tensor, "this forward does not use all of a layer")
     return _result(known, model, steps, places)
+
+
+@contextlib.contextmanager
+def _scripts_pinned(known: LabelMap, model: nn.Module) -> Iterator[None]:
+    """Have what ScriptModules are given stay: once compiled, they may hide their operators."""
+
+    def pin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in tensors_in((args, kwargs)):
+            known.pin_all(tensor, f"{type(module).__name__} states its size")
+
+    scripts = [each for each in model.modules() if isinstance(each, ScriptModule)]
+    # Their own method refuses what Python calls all the same.
+    hooks = [nn.Module.register_forward_pre_hook(m, pin, with_kwargs=True) for m in scripts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
@@ -179,9 +199,10 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
         return finish
 
     n_flops, outputs = 0, []
-    for number, output in enumerate(_outputs(model, passes, take_note)):
-        n_flops = n_flops if number else sum(flops)
-        outputs.append(output)
+    with widths_of_inputs(model):
+        for number, output in enumerate(_outputs(model, passes, take_note)):
+            n_flops = n_flops if number else sum(flops)
+            outputs.append(output)
     evaluated = [out for out, each in zip(outputs, passes, strict=True) if not each.training]
     return Run(evaluated, steps, n_flops, used, min(n_certain, default=len(steps)))
 
