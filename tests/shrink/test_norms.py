@@ -216,7 +216,7 @@ def test_a_dead_filter_stays_dead_where_a_norm_has_statistics_of_its_input_alone
     model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
     zero(model[0].weight, model[0].bias)
 
-    small, _ = check_shrinks(model, IMAGES)
+    small, _ = check_shrinks(model, IMAGES, n_left=n_channels - 4)
 
     assert small[0].out_channels == small[1].num_features == n_channels
     fresh = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), nn.ReLU(), nn.Conv2d(6, 2, 1))
@@ -499,12 +499,13 @@ def test_filters_that_are_standardised_keep_their_columns(kernel_size):
     assert (small[3].in_channels, small[3].out_channels) == (6, 4)
 
 
-class StatesItsWidth(nn.Module):
-    """Fails with any other number of channels."""
+class Interrupted(nn.Module):
+    """Is interrupted as soon as there are fewer channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What it was given."""
-        assert x.shape[1] == 6
+        if x.shape[1] != 6:
+            raise KeyboardInterrupt
         return x
 
 
@@ -516,18 +517,18 @@ class StatesItsWidth(nn.Module):
         lambda conv: nn.Sequential(conv, nn.InstanceNorm2d(4)),
     ],
 )
-def test_where_nothing_can_go_all_is_put_back(norm):
+def test_all_is_put_back_after_a_break(norm):
     """Parameters, vectors and what layers say of their sizes, bit for bit."""
     torch.manual_seed(0)
     model = nn.Sequential(
         *(norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 6, 1)),
-        *(nn.BatchNorm2d(6), StatesItsWidth(), nn.Conv2d(6, 2, 1)),
+        *(nn.BatchNorm2d(6), Interrupted(), nn.Conv2d(6, 2, 1)),
     ).double()
     zero_norms(model)
     expected = evaluate(model, *IMAGES)
     state, text = copy.deepcopy(model.state_dict()), repr(model)
 
-    with pytest.raises(RuntimeError, match="Nothing was cut out"):
+    with pytest.raises(KeyboardInterrupt):
         shrink_(model, IMAGES)
 
     assert repr(model) == text
