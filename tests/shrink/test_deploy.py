@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
 from models import Concatenated, Residual, Sequence, zero_channels
-from torch import nn
+from torch import Tensor, nn
 
-from torch_worm_optim.shrink import shrink_
+from torch_worm_optim.shrink import load_shrunk_, shrink_
 
 NETWORKS = {"sequence": Sequence, "residual": Residual, "concatenated": Concatenated}
 networks = pytest.mark.parametrize("which", NETWORKS)
@@ -126,3 +127,77 @@ def test_a_copy_goes_its_own_way(which):
 
     assert model(IMAGES).abs().sum() > 0
     assert repr(other) == repr(model)
+
+
+class Branches(nn.Module):
+    """A depthwise convolution, a pointwise one and an identity, which become one."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_chs, self.groups, self.kernel_size, self.fused = dim, dim, 3, None
+        self.wide = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of the branches, or the one convolution."""
+        if self.fused is not None:
+            return self.fused(x)
+        return self.norms[0](self.wide(x)) + self.norms[1](x)
+
+    def reparameterize(self) -> None:
+        """Build that from what the block says of its sizes."""
+        n, k = self.in_chs, self.kernel_size
+        identity = torch.zeros(n, n // self.groups, k, k, dtype=self.wide.weight.dtype)
+        identity[:, 0, k // 2, k // 2] = 1
+        weight, bias = 0, 0
+        for kernel, norm in zip((self.wide.weight, identity), self.norms, strict=True):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            weight = weight + kernel * scale[:, None, None, None]
+            bias = bias + norm.bias - norm.running_mean * scale
+        self.fused = nn.Conv2d(n, n, k, padding=k // 2, groups=self.groups)
+        self.fused.weight.data, self.fused.bias.data = weight, bias
+        del self.wide, self.norms
+
+
+def zero_alike(model: nn.Module) -> None:
+    """Zero every other channel of all BatchNorms, the same ones in each branch of a block."""
+    zero_channels(model, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight[1::2], module.bias[1::2] = 0, 0
+
+
+def branches_of(which: str, dim: int) -> nn.Module:
+    """A block of ours, or of timm, which skips the test where that is missing."""
+    if which == "ours":
+        return Branches(dim)
+    package, kind = which.split(".")
+    pytest.importorskip("timm")
+    block = getattr(importlib.import_module(f"timm.models.{package}"), kind)
+    return block(dim, dim, kernel_size=3, group_size=1, num_conv_branches=2)
+
+
+@pytest.mark.parametrize("which", ["ours", "byobnet.MobileOneBlock", "fastvit.MobileOneBlock"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_branches_are_fused_after_shrinking(which, loaded):
+    """Blocks say what sizes they have, with which they make one convolution of several."""
+
+    def make():
+        stem = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        blocks = branches_of(which, 8), nn.ReLU(), branches_of(which, 8)
+        return nn.Sequential(*stem, *blocks, nn.Conv2d(8, 2, 1)).double().eval()
+
+    model = make()
+    zero_alike(model)
+    assert shrink_(model, IMAGES.double()).channels[1] == 0
+    assert model[0].out_channels == 4
+    if loaded:
+        fresh = make()
+        load_shrunk_(fresh, model.state_dict())
+        model = fresh
+    expected = model(IMAGES.double())
+    for block in (model[3], model[5]):
+        block.reparameterize()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model[3:].modules())
+    torch.testing.assert_close(model.double()(IMAGES.double()), expected)

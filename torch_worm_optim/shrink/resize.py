@@ -32,6 +32,12 @@ _SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features"),
     *("num_features", "num_parameters", "embedding_dim", "nx", "nf"),
 )
+# How blocks call sizes of their convolutions that they fuse those with, and what those call them.
+_FUSED = {
+    **dict.fromkeys(("in_channels", "in_chs", "dim"), "in_channels"),
+    **dict.fromkeys(("out_channels", "out_chs", "dim_out"), "out_channels"),
+    "groups": "groups",
+}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -72,7 +78,7 @@ class Sizes:
                 "or trace that afterwards."
             )
         python = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        keys = {*_HEADS, *_CHANNELS, *_SIZES}
+        keys = {*_HEADS, *_CHANNELS, *_SIZES, *_FUSED}
         self._said = {
             module: {k: v for k, v in vars(module).items() if k in keys and type(v) is int}
             for module in python
@@ -95,6 +101,9 @@ class Sizes:
         _tell_compiler(self._said)
         for module in self._said:
             _update(module)
+        for module in self._said:
+            if hasattr(module, "fuse") or hasattr(module, "reparameterize"):
+                self._update_fused(module)
         for attention, matrices in self._matrices.items():
             # The last of several reads what the heads give, or is one of several values.
             makers = matrices[:-1] or matrices
@@ -110,6 +119,17 @@ class Sizes:
                 is_width = key in _CHANNELS and value in widths
                 if (key in _HEADS or is_width) and (value * share).denominator == 1:
                     setattr(attention, key, int(value * share))
+
+    def _update_fused(self, block: nn.Module) -> None:
+        """Have a block say of its convolutions what they do; of depthwise ones, if it has some."""
+        said = {m: self._said[m] for m in block.modules() if isinstance(m, _ConvNd)}
+        for key, value in self._said[block].items():
+            named = _FUSED.get(key)
+            for name in ("groups", named) if named and value > 1 else ():
+                now = {getattr(m, name) for m, sizes in said.items() if sizes[name] == value}
+                if now:
+                    setattr(block, key, now.pop() if len(now) == 1 else value)
+                    break
 
     def restore(self) -> None:
         """Have modules say what they said at first."""
