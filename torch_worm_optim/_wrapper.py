@@ -17,6 +17,9 @@ from torch.optim import optimizer as torch_optimizer
 
 Closure = Callable[[], Any]
 RECORD_KEY = "worm"
+# What gives away a trainer's proxy, whose step may do nothing: Accelerate's and DeepSpeed's through
+# Accelerate, Lightning's and Fabric's, DeepSpeed's own and those of mixed precision.
+_SKIPPING = ("step_was_skipped", "_strategy", "overflow", "loss_scaler")
 
 # The base optimizers that step inside of their wrappers at the moment, in this thread.
 _stepping: ContextVar[tuple[Optimizer, ...]] = ContextVar("stepping", default=())
@@ -204,6 +207,13 @@ class OptimizerWrapper(Optimizer):
 def check_wrappable(base_optim: Optimizer) -> None:
     """Refuse what is no optimizer, is wrapped already, or whose checkpoints cannot hold more."""
     kind = type(base_optim).__name__
+    if hasattr(base_optim, "optimizer") and any(hasattr(base_optim, name) for name in _SKIPPING):
+        raise TypeError(
+            f"`base_optim` is a {kind}, whose step() does not step each time: it accumulates "
+            "gradients or skips infinite ones, and the search would count every call. Wrap the "
+            "optimizer first, and prepare that: opt = WormOptimizer(SGD(...), model), then "
+            "accelerator.prepare(model, opt), fabric.setup(model, opt) or whatever made it."
+        )
     if not isinstance(base_optim, Optimizer):
         raise TypeError(
             f"`base_optim` must be a torch.optim.Optimizer, got {kind}. Build the optimizer first: "

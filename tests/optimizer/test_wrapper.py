@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from training import (
+    BASES,
     SEARCH,
     loss_of,
     same,
@@ -392,6 +393,41 @@ def test_what_is_called_on_a_proxy_happens_to_the_optimizer():
     train(other_model, other, range(1))
     assert other.phase is Phase.PRUNED
     assert other.history == opt.history
+
+
+@pytest.mark.parametrize("mark", ["step_was_skipped", "_strategy", "overflow", "loss_scaler"])
+@pytest.mark.parametrize("is_optimizer", [False, True])
+def test_a_proxy_that_may_not_step_is_refused(mark, is_optimizer):
+    """Whatever trainer it is of, and whether it is an optimizer itself."""
+
+    class Prepared(torch.optim.SGD if is_optimizer else object):
+        def __init__(self, optimizer):
+            if is_optimizer:
+                super().__init__(optimizer.param_groups)
+            self.optimizer = optimizer
+            setattr(self, mark, False)
+
+    model = small_cnn()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"is a Prepared.*Wrap the optimizer first, and prepare"):
+        WormOptimizer(Prepared(base), model)
+
+
+def test_an_optimizer_around_another_that_always_steps_is_wrapped():
+    """As Lookahead, which calls what is inside of it `optimizer`."""
+
+    class Around(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups, optimizer.defaults)
+            self.optimizer = optimizer
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    model = small_cnn()
+    opt = WormOptimizer(Around(BASES["SGD"](model.parameters())), model, **SEARCH)
+    train(model, opt, range(3))
+    assert [sample.step for sample in opt.history] == [3]
 
 
 def test_groups_can_be_added():

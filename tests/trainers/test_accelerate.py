@@ -7,6 +7,8 @@ import torch
 from loops import assert_same_run, batches, loader, spoil, train_plainly, wrapped
 from torch import nn
 
+from torch_worm_optim import WormOptimizer
+
 
 @pytest.fixture
 def accelerator():
@@ -109,3 +111,17 @@ def test_resumes(accelerator, tmp_path, stop):
     resumed = run(stop, 16, load=True)
     assert_same_run(*whole, *resumed)
     assert whole[1].param_groups[0]["lr"] == resumed[1].param_groups[0]["lr"] < 0.001
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_is_prepared_already_is_refused(accelerator, accumulate):
+    """It steps once in several calls, and each call would count; the order named counts right."""
+    accelerator = accelerator(gradient_accumulation_steps=accumulate)
+    net, opt = wrapped()
+    _, prepared = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer.*first.*accelerator\.prepare"):
+        WormOptimizer(prepared, net)
+
+    prepared = accelerator.prepare(net, opt, loader(0, 8 * accumulate))
+    train_accelerated(accelerator, *prepared)
+    assert [sample.step for sample in opt.history] == [2, 4, 6, 8]

@@ -495,6 +495,32 @@ def test_callback_reports_samples_of_ones_own_and_several_optimizers():
     ] * 2
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fabric_sets_up_a_search(scaled):
+    """A search that is set up counts what the scaler lets through; what is set up is refused."""
+    fabric_of = pytest.importorskip("lightning.fabric").Fabric
+    from lightning.fabric.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    precision.scaler = scaler
+    fabric = fabric_of(accelerator="cpu", devices=1, plugins=[precision])
+    net, opt = wrapped()
+    if scaled:
+        spoil(net, 5)
+    model, proxy = fabric.setup(net, opt)
+    for images, labels in batches(0, 17):
+        proxy.zero_grad()
+        fabric.backward(nn.functional.cross_entropy(model(images), labels))
+        proxy.step()
+    assert [sample.step for sample in opt.history] == [2, 4, 6, 8, 10, 12]
+
+    other = small_cnn()
+    model, proxy = fabric.setup(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"FabricSGD.*first.*fabric\.setup"):
+        WormOptimizer(proxy, other)
+
+
 def test_callback_needs_a_search_to_watch():
     """Without a WormOptimizer, or with an unknown action, the message says what to do."""
     callback = callback_for("lightning")
