@@ -495,6 +495,63 @@ def test_callback_reports_samples_of_ones_own_and_several_optimizers():
     ] * 2
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_callback_finds_the_inputs_of_each_of_several_networks(given, late):
+    """Of a GAN each network is shrunk with what it is called with, if it is called late too."""
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU())
+            self.head = nn.Linear(8, 36)
+
+        def forward(self, noise, scale, *, gain):
+            return (self.head(self.body(noise)) * scale * gain).view(-1, 1, 6, 6)
+
+    class Gan(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.generator, self.judge, self.n_batches = Decoder(), small_cnn(), 0
+            if given:
+                self.example_input_array = torch.zeros(1, 99)  # of the module, not of its parts
+
+        def configure_optimizers(self):
+            parts = self.generator, self.judge
+            self.worms = [
+                wrapped(model=each, sample_every=sample_every)[1]
+                for each, sample_every in zip(parts, (3 if late else 2, 2), strict=True)
+            ]
+            return self.worms
+
+        def training_step(self, batch, batch_idx):
+            self.n_batches += 1
+            first, second = self.optimizers()
+            fake = self.generator(torch.randn(16, 5), torch.ones(36), gain=torch.tensor(2.0))
+            self.judge.requires_grad_(False)
+            is_called = not late or self.n_batches > 2
+            loss = self.judge(fake)[:, 0].mean() if is_called else fake.square().mean()
+            first.zero_grad()
+            self.manual_backward(loss)
+            first.step()
+            self.judge.requires_grad_(True)
+            if is_called:
+                second.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(self.judge(batch[0]), batch[1]))
+                second.step()
+
+    module = Gan()
+    callback = callback_for("lightning")("shrink")
+    trainer_of(callbacks=[callback]).fit(module, loader(0, 24))
+
+    assert [each.is_shrunk for each in module.worms] == [True, True]
+    assert module.generator.head.in_features == 4
+    assert module.judge[0].out_channels + module.judge[3].out_channels == 10
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_fabric_sets_up_a_search(scaled):
     """A search that is set up counts what the scaler lets through; what is set up is refused."""

@@ -16,7 +16,14 @@ except ImportError as error:
     ) from error
 
 from torch_worm_optim import WormOptimizer
-from torch_worm_optim.integrations.reports import AtTicket, Reporter, one_example, unwrapped
+from torch_worm_optim.integrations.reports import (
+    AtTicket,
+    Call,
+    Reporter,
+    first_of,
+    one_example,
+    unwrapped,
+)
 
 
 class WormCallback(Callback):
@@ -40,9 +47,11 @@ class WormCallback(Callback):
             optimizers are each pruned at their own ticket, and training stops at the last one
             (default: ``"continue"``).
         inputs (optional): What ``"shrink"`` calls the optimizer's model with: a tensor, a tuple of
-            positional arguments, or a dict of keyword arguments. None is the module's
-            ``example_input_array`` if it has one, else the first example of the first batch, or of
-            the batch's first element if it is a tuple or list (default: None).
+            positional arguments, or a dict of keyword arguments. None is the first example of what
+            training calls it with, where it is a part of the module, such as one network of
+            several. Of the module itself it is its ``example_input_array`` if it has one, else the
+            first example of the first batch, or of the batch's first element if it is a tuple or
+            list (default: None).
         scatter (bool, optional): Passed on to :meth:`~torch_worm_optim.WormOptimizer.shrink`
             (default: False).
         multiple_of (int, optional): Passed on as well (default: 1).
@@ -63,7 +72,7 @@ class WormCallback(Callback):
         multiple_of: int = 1,
     ) -> None:
         self.at_ticket = AtTicket(at_ticket, inputs, scatter, multiple_of)
-        self._inputs = inputs
+        self._inputs: list[Any] = []  # one for each of the reporters
         self._reporters: list[Reporter] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,8 +83,10 @@ class WormCallback(Callback):
             for each in found
             if isinstance(each, WormOptimizer)
         ]
-        given = self.at_ticket.inputs
-        self._inputs = pl_module.example_input_array if given is None else given
+        self._inputs = [self.at_ticket.inputs] * len(self._reporters)
+        for index, reporter in enumerate(self._reporters):
+            if self._inputs[index] is None and reporter.shrinks:
+                self._watch(index, reporter.optimizer.model, pl_module)
         if not self._reporters:
             raise ValueError(
                 "WormCallback needs a WormOptimizer among the trainer's optimizers, got "
@@ -87,12 +98,27 @@ class WormCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the masks that this batch's step drew, and act if one is the ticket."""
-        # The first batch already, so that one of no use says so before hours of training.
-        if self._inputs is None and any(reporter.shrinks for reporter in self._reporters):
-            self._inputs = one_example(batch)
+        for index, reporter in enumerate(self._reporters):
+            # The first batch already, so that one of no use says so before hours of training. A
+            # part may not have been called yet; one that has its ticket is called by other names.
+            is_due = reporter.optimizer.model is pl_module or reporter.optimizer.converged
+            if self._inputs[index] is None and reporter.shrinks and is_due:
+                self._inputs[index] = one_example(batch)
         self._log(trainer)
         if all(reporter.stops for reporter in self._reporters):
             trainer.should_stop = True
+
+    def _watch(self, index: int, model: nn.Module, pl_module: LightningModule) -> None:
+        """Take what a model is called with first, or the example of the module itself."""
+        if model is pl_module:
+            self._inputs[index] = pl_module.example_input_array
+            return
+
+        def take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            handle.remove()
+            self._inputs[index] = first_of(Call(args, kwargs))
+
+        handle = model.register_forward_pre_hook(take, with_kwargs=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was drawn after the last batch, as ``opt.sample()`` at the end of epochs is."""
@@ -110,7 +136,7 @@ class WormCallback(Callback):
     def _log(self, trainer: Trainer) -> None:
         for index, reporter in enumerate(self._reporters):
             prefix = "worm/" if len(self._reporters) == 1 else f"worm{index}/"
-            for row in reporter.new_metrics(self._inputs):
+            for row in reporter.new_metrics(self._inputs[index]):
                 named = {name.replace("worm/", prefix, 1): value for name, value in row.items()}
                 for logger in trainer.loggers:
                     logger.log_metrics(named, step=trainer.global_step)

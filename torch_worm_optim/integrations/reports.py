@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_worm_optim import Phase, WormOptimizer, apply_ticket_
 from torch_worm_optim._checks import check_choice
 
 # What `worm/phase` numbers.
 PHASES = (Phase.SEARCHING, Phase.TRUNCATING, Phase.CONVERGED, Phase.PRUNED)
+
+
+class Call(NamedTuple):
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,11 @@ class Reporter:
 
     def _shrink(self, inputs: Any) -> dict[str, float]:
         """Shrink with inputs on the model's device, and return the figures."""
-        kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-        args = () if kwargs else inputs if isinstance(inputs, tuple) else (inputs,)
+        if isinstance(inputs, Call):
+            args, kwargs = inputs
+        else:
+            kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+            args = () if kwargs else inputs if isinstance(inputs, tuple) else (inputs,)
         device = self.optimizer.param_groups[0]["params"][0].device
         args, kwargs = tree_map_only(Tensor, lambda each: each.to(device), (args, kwargs))
         scatter, multiple_of = self.at_ticket.scatter, self.at_ticket.multiple_of
@@ -127,6 +137,17 @@ def one_example(batch: Any) -> Any:
         )
     first = dict(first) if isinstance(first, Mapping) else first
     return tree_map_only(Tensor, lambda each: each[:1].clone() if each.dim() else each, first)
+
+
+def first_of(call: Call) -> Call:
+    """A copy of the first row of what a model is called with, of all that has as many rows."""
+    sizes = [len(each) for each in tree_leaves(call) if isinstance(each, Tensor) and each.dim()]
+
+    def first(each: Tensor) -> Tensor:
+        has_rows = each.dim() > 0 and len(each) == sizes[0]
+        return (each[:1] if has_rows else each).detach().clone()
+
+    return Call(*tree_map_only(Tensor, first, tuple(call)))
 
 
 def _n_processes() -> int:
