@@ -76,12 +76,18 @@ def insert_record(state_dict: dict[str, Any], state: State) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(record, file)
     groups = [{**group, RECORD_KEY: None} for group in state_dict["param_groups"]]
-    groups[0][RECORD_KEY] = base64.b64encode(file.getvalue()).decode()
+    inner = state_dict["param_groups"][0].get(RECORD_KEY)  # of the search that this one is around
+    own = base64.b64encode(file.getvalue()).decode()
+    groups[0][RECORD_KEY] = f"{own} {inner}" if inner else own
     return {**state_dict, "param_groups": groups}
 
 
-def pop_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The base optimizer's part of a ``state_dict``, and the record or None."""
+def pop_record(state_dict: dict[str, Any], depth: int = 1) -> tuple[dict[str, Any], Any]:
+    """The base optimizer's part of a ``state_dict``, and the record or None.
+
+    ``depth`` is how many searches there are around one another. Where fewer were saved, they are
+    the inner ones.
+    """
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
         raise ValueError(
@@ -92,7 +98,13 @@ def pop_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     groups = state_dict["param_groups"]
     records = [group[RECORD_KEY] for group in groups if group.get(RECORD_KEY) is not None]
     plain = [{key: value for key, value in group.items() if key != RECORD_KEY} for group in groups]
-    return {**state_dict, "param_groups": plain}, records[0] if records else None
+    if not records or not isinstance(records[0], str):
+        return {**state_dict, "param_groups": plain}, records[0] if records else None
+    inner = records[0].split(" ")
+    own = inner.pop(-depth) if len(inner) >= depth else None
+    if depth > 1 and inner:
+        plain[0][RECORD_KEY] = " ".join(inner[1 - depth :])
+    return {**state_dict, "param_groups": plain}, own
 
 
 def read_record(

@@ -204,8 +204,8 @@ class OptimizerWrapper(Optimizer):
         return not any(moved)
 
 
-def check_wrappable(base_optim: Optimizer) -> None:
-    """Refuse what is no optimizer, is wrapped already, or whose checkpoints cannot hold more."""
+def check_wrappable(base_optim: Optimizer, is_pruned: bool = False) -> None:
+    """Refuse what is no optimizer, still searches, or whose checkpoints cannot hold more."""
     kind = type(base_optim).__name__
     if hasattr(base_optim, "optimizer") and any(hasattr(base_optim, name) for name in _SKIPPING):
         raise TypeError(
@@ -219,9 +219,11 @@ def check_wrappable(base_optim: Optimizer) -> None:
             f"`base_optim` must be a torch.optim.Optimizer, got {kind}. Build the optimizer first: "
             "WormOptimizer(SGD(model.parameters(), lr=0.1), model)."
         )
-    if isinstance(base_optim, OptimizerWrapper):
+    if isinstance(base_optim, OptimizerWrapper) and not is_pruned:
         raise TypeError(
-            f"`base_optim` is a {kind} already. Wrap the optimizer inside it: opt.base_optim."
+            f"`base_optim` is a {kind} already. Wrap the optimizer inside it: opt.base_optim. For "
+            "a second search over what the first one has pruned, of the same model, call prune() "
+            "first; a checkpoint of both is loaded into the first one as well."
         )
     if hasattr(base_optim, "consolidate_state_dict"):
         return  # ZeroRedundancyOptimizer, which raises before all ranks have called that.

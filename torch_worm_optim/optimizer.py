@@ -54,7 +54,8 @@ class WormOptimizer(OptimizerWrapper):
 
     Args:
         base_optim (Optimizer): The optimizer that trains ``model``; its ``param_groups`` and
-            ``state`` are shared, not copied.
+            ``state`` are shared, not copied. A ``WormOptimizer`` that has pruned ``model`` holds
+            its ticket in each step of a second search.
         model (nn.Module): The model that it trains.
         selector (Selector, optional): Which parameters represent the network: a callable
             ``model -> list of Representative`` (default: BatchNorm scales if there are any, else
@@ -132,7 +133,9 @@ class WormOptimizer(OptimizerWrapper):
         trigger: str = "distance",
         ticket: Mapping[str, Tensor] | None = None,
     ) -> None:
-        check_wrappable(base_optim)
+        first = base_optim if isinstance(base_optim, WormOptimizer) else None
+        is_pruned = first is not None and first.phase is Phase.PRUNED and first.model is model
+        check_wrappable(base_optim, is_pruned)
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         self._settings = SearchSettings(
@@ -159,7 +162,8 @@ class WormOptimizer(OptimizerWrapper):
             logger.info("%d representatives are frozen and left out", self._n_frozen)
         super().__init__(base_optim)
         names = [part.name for each in self._representatives for part in each.members]
-        self._binding = Binding(model, base_optim, given.masks if given else names)
+        plain = self._searches()[-1].base_optim
+        self._binding = Binding(model, plain, given.masks if given else names)
         # Trainers copy the attributes of this object into proxies of this class. An attribute that
         # a method binds anew on a proxy changes the proxy alone, so whatever changes lives inside
         # of this object, which is never replaced.
@@ -167,7 +171,12 @@ class WormOptimizer(OptimizerWrapper):
         if given is not None:
             self._hold(given)
         elif truncation < 1 and truncate == "gradient":
-            warn_if_normalising(base_optim)
+            warn_if_normalising(plain)
+
+    def _searches(self) -> list[WormOptimizer]:
+        """This search, and the ones inside of it, which hold their tickets in each step."""
+        inner = self.base_optim
+        return [self, *(inner._searches() if isinstance(inner, WormOptimizer) else ())]
 
     def _new_search(self) -> MaskSearch | None:
         """A search without masks; None where there is nothing to search."""
@@ -305,6 +314,8 @@ class WormOptimizer(OptimizerWrapper):
             )
         if state.phase is Phase.PRUNED and (restraint := self._restraint()):
             restraint.apply_()
+            if isinstance(self.base_optim, WormOptimizer):
+                self.base_optim.prune()
             return
         ticket = state.ticket or Ticket.newest_of(state.search)
         self._hold(ticket)
@@ -361,22 +372,29 @@ class WormOptimizer(OptimizerWrapper):
                 f"There is nothing to shrink yet: the phase is {state.phase.value}. Call prune() "
                 "once `opt.converged`, and shrink then."
             )
-        restraint = Restraint(self._binding, state.ticket, state.warned, gradient=0, factor=0)
+        held = [(each, each._state.ticket) for each in self._searches()]
+        restraints = [
+            Restraint(each._binding, ticket, state.warned, gradient=0, factor=0)
+            for each, ticket in held
+            if ticket is not None
+        ]
         # Other weights may have been loaded since, such as the best of those before pruning.
         alive = [
             (each, each.detach().clone())
+            for restraint in restraints
             for each, removed in restraint.held()
             if each[removed.to(each.device)].any()
         ]
         try:
-            restraint.apply_()
+            for restraint in restraints:
+                restraint.apply_()
             report = shrink_(
                 self.model,
                 args,
                 kwargs,
-                optimizer=self.base_optim,
+                optimizer=self._binding.optimizer,
                 optimizers=optimizers,
-                ticket={name: state.ticket.mask(name) for name in state.ticket.masks},
+                ticket=_all_kept(ticket for _, ticket in held if ticket is not None),
                 batches=batches,
                 scatter=scatter,
                 multiple_of=multiple_of,
@@ -386,8 +404,9 @@ class WormOptimizer(OptimizerWrapper):
                 for tensor, values in alive:
                     tensor.copy_(values)
             raise
-        state.ticket, state.restraint = state.ticket.shrunk(report), None
-        self._binding.accept_shapes()
+        for each, ticket in held:
+            each._state.ticket, each._state.restraint = ticket and ticket.shrunk(report), None
+            each._binding.accept_shapes()
         logger.info("step %d: shrunk from %d parameters to %d", state.step, *report.parameters)
         return report
 
@@ -469,7 +488,8 @@ class WormOptimizer(OptimizerWrapper):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Check a checkpoint whole, and then load it."""
-        plain, record = pop_record(state_dict)
+        plain, record = pop_record(state_dict, len(self._searches()))
+        self._check_inner(plain)
         new_search = (lambda: None) if self.is_shrunk else self._new_search
         if record is not None:
             state = read_record(record, new_search, self.model)
@@ -483,3 +503,25 @@ class WormOptimizer(OptimizerWrapper):
             self._binding.accept_shapes()
         if record is None and state.ticket is not None:
             self._hold(state.ticket)  # The state that was loaded knows of no ticket.
+
+    def _check_inner(self, state_dict: dict[str, Any]) -> None:
+        """Raise if the search inside of this one would hold nothing."""
+        for depth, each in enumerate(reversed(self._searches()[1:]), start=1):
+            _, record = pop_record(state_dict, depth)
+            if (
+                not record
+                or read_record(record, each._new_search, self.model).phase is not Phase.PRUNED
+            ):
+                raise ValueError(
+                    "The checkpoint is of before the network was pruned, and this search is over "
+                    "what another one has pruned. Load it into that one, as a search of its own."
+                )
+
+
+def _all_kept(tickets: Iterable[Ticket]) -> dict[str, Tensor]:
+    """The masks of what all of several tickets keep, by parameter name."""
+    masks: dict[str, Tensor] = {}
+    for ticket in tickets:
+        for name in ticket.masks:
+            masks[name] = ticket.mask(name) & masks.get(name, True)
+    return masks
