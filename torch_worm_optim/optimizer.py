@@ -312,10 +312,10 @@ class WormOptimizer(OptimizerWrapper):
                 f"is {state.phase.value}. Train until `opt.converged`, let the search stop sooner "
                 f"with a larger `stopping_point`, {way_out}."
             )
+        if isinstance(self.base_optim, WormOptimizer):
+            self.base_optim.prune()
         if state.phase is Phase.PRUNED and (restraint := self._restraint()):
             restraint.apply_()
-            if isinstance(self.base_optim, WormOptimizer):
-                self.base_optim.prune()
             return
         ticket = state.ticket or Ticket.newest_of(state.search)
         self._hold(ticket)
