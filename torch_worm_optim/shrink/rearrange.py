@@ -53,7 +53,7 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
             if n_axes > 1 and not (is_view and known.limits.cut_heads):
                 known.pin(own, f"split by a {name}")
             elif n_axes:
-                usual = 0 if x.dim() == 2 and d == 1 else -2
+                usual = _usual_axis(numbers, list(rest[0]) if is_view else [], x.dim() == 2)
                 found = _label_along(known, labels[i], own, is_zero, numbers, usual)
                 zeros[i] = found if is_zero.any() else zeros[i]
         orders = [each.ravel() for each in grids if each.size]
@@ -97,6 +97,15 @@ def _varying(numbers: Tensor) -> Labels:
     return np.asarray(numbers.cpu().numpy())
 
 
+def _usual_axis(numbers: Labels, sizes: list[int], is_flat: bool) -> int:
+    """The dimension that follows where channels go, of those that a view makes of one."""
+    axes = [axis for axis, size in enumerate(numbers.shape) if size > 1]
+    if -1 in sizes and sizes.index(-1) in axes:
+        return sizes.index(-1)
+    # Features of a whole image become channels and space, others become heads and their channels.
+    return axes[0] if is_flat else axes[-2:][0]
+
+
 def _label_along(
     known: LabelMap,
     labels: list[Labels],
@@ -110,7 +119,6 @@ def _label_along(
     lines = {axis: np.moveaxis(numbers, axis, 0).reshape(numbers.shape[axis], -1) for axis in axes}
     # Where a view makes several dimensions of one, indices of one of them stay apart: of the one
     # that has most zeros, such as heads, or of the one where channels usually are.
-    usual = axes[max(usual, -len(axes))]
     axis = max(axes, key=lambda each: (is_zero[lines[each]].all(1).mean(), each == usual))
     if not known.all_stay(own):
         known.join(own[lines[axis][:, :1]], own[lines[axis][:, 1:]])
