@@ -132,6 +132,11 @@ def gated(x: Tensor) -> Tensor:
     return x * torch.cat([x.sum(1, True), x.norm(dim=1, keepdim=True)], 1).mean(1, True).sigmoid()
 
 
+def where_any_is(x: Tensor) -> Tensor:
+    """Weighted by how many channels are not zero, if any is."""
+    return x * ((x != 0).any(1, True) * x.count_nonzero(1).unsqueeze(1))
+
+
 def similar(x: Tensor) -> Tensor:
     """Multiplied by its likeness to the mean over the image."""
     return x * F.cosine_similarity(x, x.mean((2, 3), True).expand_as(x)).unsqueeze(1)
@@ -139,7 +144,8 @@ def similar(x: Tensor) -> Tensor:
 
 def spread(x: Tensor) -> Tensor:
     """Statistics over the image."""
-    return x.std((2, 3), keepdim=True) + torch.var_mean(x, (2, 3), keepdim=True)[0]
+    variance, mean = torch.var_mean(x, (2, 3), keepdim=True)
+    return x.std((2, 3), keepdim=True) + variance + mean * x
 
 
 def in_frequencies(x: Tensor) -> Tensor:
@@ -183,6 +189,7 @@ ON_IMAGES = {
     "normalize": normalised,
     "sums over channels": gated,
     "cosine": similar,
+    "any": where_any_is,
     "std": spread,
     "fft": in_frequencies,
     "grid sample": sampled,
@@ -512,7 +519,6 @@ class Decoder(nn.Module):
         lambda x: x.view(len(x), -1, 4, 4),
         lambda x: x.unflatten(1, (-1, 4, 4)),
         lambda x: x.view(len(x), -1, 16).unflatten(2, (4, 4)),
-        lambda x: x.unsqueeze(1).view(len(x), 1, -1, 4, 4).squeeze(1),
     ],
 )
 def test_features_that_become_an_image_go_with_its_channels(view):

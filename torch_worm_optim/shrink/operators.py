@@ -334,7 +334,8 @@ def _mixed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool
             pinned(n) if d in mixed and n != len(labels[d]) else labels[d] for d, n in sizes
         ]
         known.label(result, of_result, zeros and (left.index(zeros[0]), zeros[1]))
-        zeros = None  # of a second result, as indices of maxima, none are known
+        if "mean" not in str(func):  # of a second result, as indices of maxima, none are known
+            zeros = None
     return True
 
 
@@ -582,8 +583,8 @@ def _as_strided(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor)
     return True
 
 
-# Sums to which zeros add nothing. They are not told how many there are.
-_SUMMING = _operators("sum nansum linalg_vector_norm")
+# What zeros add nothing to. It is not told how many there are.
+_SUMMING = _operators("sum nansum linalg_vector_norm any count_nonzero")
 # Why operators mix dimensions, which those are, given the operator and its arguments, and whether
 # zeros along others stay zeros. None stands for all dimensions.
 _MIXING: dict[Any, tuple[str, Callable[[Any, Any], tuple[Iterable[int] | None, bool]]]] = {

@@ -53,7 +53,7 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
             if n_axes > 1 and not (is_view and known.limits.cut_heads):
                 known.pin(own, f"split by a {name}")
             elif n_axes:
-                usual = _usual_axis(numbers, list(rest[0]) if is_view else [], x.dim() == 2)
+                usual = _usual_axis(numbers, list(rest[0]) if is_view else [], x.dim())
                 found = _label_along(known, labels[i], own, is_zero, numbers, usual)
                 zeros[i] = found if is_zero.any() else zeros[i]
         orders = [each.ravel() for each in grids if each.size]
@@ -97,13 +97,14 @@ def _varying(numbers: Tensor) -> Labels:
     return np.asarray(numbers.cpu().numpy())
 
 
-def _usual_axis(numbers: Labels, sizes: list[int], is_flat: bool) -> int:
+def _usual_axis(numbers: Labels, sizes: list[int], n_dims: int) -> int:
     """The dimension that follows where channels go, of those that a view makes of one."""
     axes = [axis for axis, size in enumerate(numbers.shape) if size > 1]
-    if -1 in sizes and sizes.index(-1) in axes:
+    # Features of tokens become heads and their channels, and any other features a part whose size
+    # is left open beside those that are stated, or the channels of an image.
+    if n_dims != 3 and -1 in sizes[1:] and sizes.index(-1) in axes:
         return sizes.index(-1)
-    # Features of a whole image become channels and space, others become heads and their channels.
-    return axes[0] if is_flat else axes[-2:][0]
+    return axes[0] if n_dims == 2 else axes[-2:][0]
 
 
 def _label_along(
