@@ -55,9 +55,9 @@ _SPATIAL = _operators("""
     reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
     replication_pad3d fractional_max_pool2d fractional_max_pool3d
 """)
-# Operators that write random numbers.
-_RANDOM = _operators("""
-    bernoulli_ uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_
+# Operators that write numbers that are not known, random or the forward's.
+_FILLING = _operators("""
+    bernoulli_ uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ fill_
 """)
 # Operators that make a new tensor of a shape and read no values.
 FACTORIES = _operators("""
@@ -69,7 +69,7 @@ _LIKE = _operators("zeros_like ones_like empty_like full_like rand_like randn_li
 _PICKING = _operators("slice select index index_select embedding")
 # Operators whose result depends on more than what they are given, or on what is picked: what one
 # input picks another may not.
-VARYING = _PICKING | _RANDOM | _LIKE | _operators("gather native_dropout rrelu_with_noise")
+VARYING = _PICKING | _FILLING | _LIKE | _operators("gather native_dropout rrelu_with_noise")
 _REARRANGING = _PICKING | _operators("""
     view _unsafe_view reshape unsqueeze squeeze permute transpose t expand repeat roll split
     split_with_sizes unbind flip rot90 unfold
@@ -356,7 +356,7 @@ def _filled(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     if tensors_in((args[1:], kwargs)):
         return False
     known.label(out, known.labels_of(args[0]))
-    known.invalidate(out, depends_on_input=func.overloadpacket in _RANDOM)
+    known.invalidate(out, depends_on_input=func.overloadpacket in _FILLING)
     known.info(out).is_zero = func.overloadpacket is _aten.zero_
     return True
 
@@ -638,7 +638,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_operators("dot vdot"), _dot),
     **dict.fromkeys((_aten.bmm, _aten.baddbmm, *_operators("_sparse_addmm")), _product),
     **dict.fromkeys(_LIKE, _alike),
-    **dict.fromkeys(_RANDOM | _operators("fill_ zero_"), _filled),
+    **dict.fromkeys((*_FILLING, _aten.zero_), _filled),
     **dict.fromkeys(_operators(_SCATTERING), _scattered),
     **dict.fromkeys((_aten.index_put, _aten.index_put_), _written_at),
     **dict.fromkeys((_aten.max_unpool2d, _aten.max_unpool3d), _unpooled),

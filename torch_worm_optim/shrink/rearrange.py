@@ -48,6 +48,8 @@ def rearrange(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> b
         shape = [-1 if e == d else 1 for e in range(x.dim())]
         grid = torch.as_tensor(numbers, dtype=torch.int32, device=x.device).view(shape)
         grids = [_varying(each) for each in tensors_in(move(grid.expand(x.shape), *rest, **kwargs))]
+        if any(a.ndim != b.dim() for a, b in zip(grids, results, strict=True) if a.size):
+            return False
         for i, numbers in enumerate(grids):
             n_axes = sum(size > 1 for size in numbers.shape)
             if n_axes > 1 and not (is_view and known.limits.cut_heads):
