@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
@@ -372,40 +372,25 @@ class WormOptimizer(OptimizerWrapper):
                 f"There is nothing to shrink yet: the phase is {state.phase.value}. Call prune() "
                 "once `opt.converged`, and shrink then."
             )
-        held = [(each, each._state.ticket) for each in self._searches()]
-        restraints = [
-            Restraint(each._binding, ticket, state.warned, gradient=0, factor=0)
-            for each, ticket in held
-            if ticket is not None
-        ]
-        # Other weights may have been loaded since, such as the best of those before pruning.
-        alive = [
-            (each, each.detach().clone())
-            for restraint in restraints
-            for each, removed in restraint.held()
-            if each[removed.to(each.device)].any()
-        ]
-        try:
-            for restraint in restraints:
-                restraint.apply_()
+        held = [(each, each._state.ticket) for each in self._searches() if each._state.ticket]
+        with contextlib.ExitStack() as stack:
+            # Other weights may have been loaded since, such as the best of those before pruning.
+            for each, ticket in held:
+                restraint = Restraint(each._binding, ticket, state.warned, gradient=0, factor=0)
+                stack.enter_context(restraint.applied())
             report = shrink_(
                 self.model,
                 args,
                 kwargs,
                 optimizer=self._binding.optimizer,
                 optimizers=optimizers,
-                ticket=_all_kept(ticket for _, ticket in held if ticket is not None),
+                ticket=_all_kept(ticket for _, ticket in held),
                 batches=batches,
                 scatter=scatter,
                 multiple_of=multiple_of,
             )
-        except BaseException:
-            with torch.no_grad():
-                for tensor, values in alive:
-                    tensor.copy_(values)
-            raise
         for each, ticket in held:
-            each._state.ticket, each._state.restraint = ticket and ticket.shrunk(report), None
+            each._state.ticket, each._state.restraint = ticket.shrunk(report), None
             each._binding.accept_shapes()
         logger.info("step %d: shrunk from %d parameters to %d", state.step, *report.parameters)
         return report

@@ -626,6 +626,7 @@ PICKS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:This batch does not use 1 trainable")
 @pytest.mark.parametrize("pick", PICKS)
 def test_a_buffer_of_indices_stays_as_it_is(pick):
     """Whatever it is reached through and used for, and what it does not touch goes."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -25,26 +24,24 @@ from torch.utils._pytree import tree_map
 from torch_worm_optim._checks import check_count, warn_user
 from torch_worm_optim.distributed import canonical_name, is_dtensor
 from torch_worm_optim.shrink.cut import Cut, put_back_on_error
+from torch_worm_optim.shrink.differences import (
+    ComputesOtherwiseError,
+    check_steps,
+    difference_of,
+    first_difference,
+    first_other_value,
+    largest_difference,
+    last_places,
+    magnitudes,
+    tolerance,
+)
 from torch_worm_optim.shrink.held import held_masks, only_held_zeros
 from torch_worm_optim.shrink.labels import Limits, tensors_of
+from torch_worm_optim.shrink.passes import Pass, Run, Step, record
 from torch_worm_optim.shrink.report import ShrinkReport
 from torch_worm_optim.shrink.scatter import can_scatter
 from torch_worm_optim.shrink.state import cut_state_, with_inner
-from torch_worm_optim.shrink.trace import (
-    ComputesOtherwiseError,
-    Pass,
-    Place,
-    Run,
-    Step,
-    Trace,
-    check_steps,
-    first_difference,
-    first_other_value,
-    last_places,
-    magnitudes,
-    record,
-    trace_channels,
-)
+from torch_worm_optim.shrink.trace import Place, Trace, trace_channels
 
 _HALF = (torch.float16, torch.bfloat16)
 # How often what one more operator touches is kept before less is cut everywhere.
@@ -178,16 +175,16 @@ def _shrink(
         kept=cut.kept,
         reasons=found.left,
         channels=(found.n_zero, sum(n for each in found.left.values() for n in each.values())),
-        max_difference=_difference(expected.outputs, result.outputs),
+        max_difference=largest_difference(expected.outputs, result.outputs),
         unused=[name for name, p in model.named_parameters() if id(p) not in expected.used],
         zero=[] if masks is not None else _whole_zeros(model, cut),
         groups=cut.groups,
         shapes={name: cut.before[name].shape for name in cut.kept},
         is_scattered=bool(cut.scattered),
     )
-    cut_state_(cut, optimizers)
     if masks is None or not all(mask.all() for mask in masks.values()):
         _warn(report, model)
+    cut_state_(cut, optimizers)
     return report
 
 
@@ -230,7 +227,7 @@ def _warn(report: ShrinkReport, model: nn.Module) -> None:
 def _refuse(model: nn.Module, expected: Run, run: Any, problem: Exception) -> NoReturn:
     """Raise for a network of which nothing can be cut."""
     again = run([]).outputs
-    if _difference(expected.outputs, again) > _tolerance(again):
+    if largest_difference(expected.outputs, again) > tolerance(again):
         raise RuntimeError(
             f"{type(model).__name__} returns other outputs when it is called again with the same "
             "batch in evaluation mode, so nobody can tell whether shrinking changes them. Shrink "
@@ -264,11 +261,11 @@ def _cut_all(
         _, to_keep = first_difference(found, steps)
         raise ComputesOtherwiseError(f"{type(error).__name__}: {error}", to_keep) from error
     check_steps(found, result)
-    if message := _difference_of(expected, result):
+    if message := difference_of(expected, result):
         after = magnitudes(cut.model, passes)
         cut.undo()
         before = magnitudes(cut.model, passes, found)
-        number = first_other_value(before, after, _tolerance(expected.outputs))
+        number = first_other_value(before, after, tolerance(expected.outputs))
         raise ComputesOtherwiseError(message, last_places(found, number))
     if not scatter or not found.left:
         return found, result
@@ -283,23 +280,9 @@ def _cut_all(
             cut.scatter_(owners[name], indices, owners[name].num_features)
     cut.cut_(rest.kept)
     result = run([])
-    if message := _difference_of(expected, result):
+    if message := difference_of(expected, result):
         raise RuntimeError(message)
     return rest._replace(n_zero=found.n_zero), result
-
-
-def _difference_of(expected: Run, result: Run) -> str:
-    """What to say of outputs that differ; nothing where they do not."""
-    difference, rounding = (
-        _difference(expected.outputs, result.outputs),
-        _tolerance(expected.outputs),
-    )
-    if difference <= rounding:
-        return ""
-    return (
-        f"outputs differ by {difference:.2g} of the largest, and rounding would explain "
-        f"{rounding:.2g}"
-    )
 
 
 def _checked(optimizer: Optimizer | None, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
@@ -434,30 +417,3 @@ def _comparable(outputs: Any, model: nn.Module) -> list[Tensor]:
             "changes what it computes. Return tensors, or objects that hold them."
         )
     return tensors
-
-
-def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest difference of two outputs, over the largest entry; infinite if shapes differ."""
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.shape != y.shape:
-            return math.inf
-        x, y = x.double(), y.double()
-        differs = x != y  # which two equal infinities, as of masked scores, do not
-        if differs.any():
-            finite = x[x.isfinite()].abs()
-            scale = max(float(finite.max()) if finite.numel() else 0.0, 1e-30)
-            gap = float((x - y)[differs].abs().max()) / scale
-            worst = math.inf if math.isnan(gap) else max(worst, gap)
-    return worst
-
-
-def _tolerance(outputs: Sequence[Tensor]) -> float:
-    """What rounding may change: the root of the coarsest dtype's precision."""
-    precisions = [
-        # Convolutions of single precision are rounded to TF32 on a CUDA device, if not told else.
-        2**-10 if each.is_cuda and each.dtype == torch.float32 else torch.finfo(each.dtype).eps
-        for each in outputs
-        if each.is_floating_point()
-    ]
-    return math.sqrt(max(precisions, default=0.0))

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +27,6 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from torch_worm_optim.shrink.labels import (
     PINNED,
@@ -43,7 +39,8 @@ from torch_worm_optim.shrink.labels import (
     tensors_of,
 )
 from torch_worm_optim.shrink.operators import FACTORIES, VARYING, ZEROS, rule_of
-from torch_worm_optim.shrink.resize import is_conv1d, states_its_size, widths_of_inputs
+from torch_worm_optim.shrink.passes import Pass, Step, computes, watched
+from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +48,7 @@ logger = logging.getLogger(__name__)
 # that what one line does in each of many layers is one place. Or the number of a step, whose
 # results are meant.
 Place = int | tuple[tuple[str, int], ...]
-# Operators that arrange entries anew. Which of them run depends on strides, which cutting changes.
-_ARRANGING = re.compile(
-    r"view|reshape|clone|copy|expand|permute|transpose|^t$|squeeze|alias|detach|strided|lift|empty"
-)
 _PACKAGE, _TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
-
-
-class Pass(NamedTuple):
-    """One call of a model."""
-
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    training: bool = False
-
-
-class Step(NamedTuple):
-    """An operator that computes, and the shapes of what it is given and returns."""
-
-    operator: str
-    inputs: tuple[Any, ...]
-    results: tuple[Any, ...] | None = None  # None if it raised
 
 
 class Trace(NamedTuple):
@@ -87,24 +64,6 @@ class Trace(NamedTuple):
     places: list[tuple[int, Place, str]]
     results: list[Any]  # of each step, the labels of its results
     stays: Flags  # by label
-
-
-class Run(NamedTuple):
-    """What passes return, what their operators did, and how many operations they take."""
-
-    outputs: list[Any]  # of those in evaluation mode
-    steps: list[Step]
-    n_flops: int  # of the first
-    used: set[int]  # ids of all tensors that an operator was given
-    n_certain: int  # steps before the first whose results are as large as values tell
-
-
-class ComputesOtherwiseError(RuntimeError):
-    """A network that is cut computes otherwise; `stay` has what to keep first, and what then."""
-
-    def __init__(self, message: str, stay: Sequence[Mapping[Place, str]]) -> None:
-        super().__init__(message)
-        self.stay = stay
 
 
 def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> Trace:
@@ -127,22 +86,22 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
             places.append((len(steps), place, known.operator))
 
         def finish(out: Any) -> None:
-            computes = _computes(func) and bool(inputs)
+            is_step = computes(func) and bool(inputs)
             _label(known, func, args, kwargs, out)
             if place in limits.stay:
                 for tensor in tensors_in((args, kwargs, out)):
                     known.pin_all(tensor, f"the forward states a width, `{limits.stay[place]}`")
-            if computes and len(steps) in limits.stay:
+            if is_step and len(steps) in limits.stay:
                 for tensor in tensors_in(out):
                     known.pin_all(tensor, f"the forward states a width after `{known.operator}`")
-            if computes:
+            if is_step:
                 results = tuple(map(known.known_labels, tensors_in(out)))
                 steps.append(Step(known.operator, inputs, results))
 
         return finish
 
     with _scripts_pinned(known, model):
-        for each, outputs in zip(passes, _outputs(model, passes, watch), strict=True):
+        for each, outputs in zip(passes, watched(model, passes, watch), strict=True):
             for tensor in tensors_in((each.args, each.kwargs)) + tensors_of(outputs):
                 known.pin_all(tensor, "the model's output")
     for module in model.modules():
@@ -172,100 +131,6 @@ def _scripts_pinned(known: LabelMap, model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
-    """Take note of what operators are given and return, and count multiplications."""
-    flops: list[int] = []
-    used: set[int] = set()
-    n_certain: list[int] = []
-
-    def take_note(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
-        inputs = tensors_in((args, kwargs))
-        used.update(map(id, inputs))
-        computes = _computes(func) and bool(inputs)
-        if computes:
-            steps.append(Step(func.overloadpacket.__name__, _shapes(inputs)))
-
-        def finish(out: Any) -> None:
-            # The hooks of `FlopCounterMode` fail where a module gets a parameter as its input.
-            if (count := flop_registry.get(func.overloadpacket)) is not None:
-                flops.append(count(*args, **kwargs, out_val=out))
-            if computes:
-                if _is_as_large_as_values_tell(func, inputs):
-                    n_certain.append(len(steps) - 1)
-                steps[-1] = steps[-1]._replace(results=_shapes(tensors_in(out)))
-
-        return finish
-
-    n_flops, outputs = 0, []
-    with widths_of_inputs(model):
-        for number, output in enumerate(_outputs(model, passes, take_note)):
-            n_flops = n_flops if number else sum(flops)
-            outputs.append(output)
-    evaluated = [out for out, each in zip(outputs, passes, strict=True) if not each.training]
-    return Run(evaluated, steps, n_flops, used, min(n_certain, default=len(steps)))
-
-
-def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(each.shape) for each in tensors)
-
-
-def _is_as_large_as_values_tell(func: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether how many entries an operator returns depends on values, as of `nonzero`."""
-    if func.overloadpacket.__name__ == "index":
-        return any(each.dtype in (torch.bool, torch.uint8) for each in inputs[1:])
-    is_marked = torch.Tag.dynamic_output_shape in func.tags
-    return is_marked or func.overloadpacket.__name__ == "nms"
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of each operator that runs: which it is, its arguments, and then what it returns."""
-
-    def __init__(self, tell: Callable[[Any, Any, Any], Callable[[Any], None]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tell = tell
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operator, and tell of it."""
-        finish = self.tell(func, args, kwargs or {})
-        out = func(*args, **kwargs or {})
-        finish(out)
-        return out
-
-
-def _outputs(model: nn.Module, passes: Sequence[Pass], tell: Any) -> Iterator[Any]:
-    """What a model returns in each pass, where `tell` hears of each operator."""
-    for args, kwargs, training in passes:
-        # Modules forget what they keep in evaluation, as LeViT's do their biases of positions.
-        model.train()
-        if training:
-            for norm in model.modules():
-                if isinstance(norm, _NormBase):  # so that one image is enough
-                    norm.eval()
-        else:
-            model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), _buffers_kept(model), _Watch(tell):
-            torch.manual_seed(0)
-            outputs = model(*args, **kwargs)
-        model.eval()
-        yield outputs
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back that a pass writes to, as statistics are."""
-    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        now = dict(model.named_buffers())
-        for name, (buffer, values) in before.items():
-            is_strided = buffer.layout == torch.strided
-            if now.get(name) is buffer and not (is_strided and torch.equal(buffer, values)):
-                buffer.copy_(values)
 
 
 def _place() -> Place:
@@ -314,92 +179,6 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
     if constant_of is not None and func.overloadpacket not in VARYING:
         for tensor in outputs:
             known.info(tensor).constant_of = constant_of
-
-
-def check_steps(found: Trace, run: Run) -> None:
-    """Raise where an operator was given or returned another shape than a trace says.
-
-    Outputs alone do not tell whether heads were cut as heads: with one position, or equal ones,
-    attention is the same whatever its scores are.
-    """
-    message, stay = first_difference(found, run.steps[: run.n_certain], run.n_certain)
-    if message:
-        raise ComputesOtherwiseError(message, stay)
-
-
-def first_difference(
-    found: Trace, seen: Sequence[Step], n: int | None = None
-) -> tuple[str, list[dict[Place, str]]]:
-    """What differs from a trace first, of n operators, and what to keep so that it does not."""
-    none = Step("none", ())
-    for number, (a, b) in enumerate(zip_longest(found.steps[:n], seen, fillvalue=none)):
-        is_given = a.operator == b.operator and _agree(a.inputs, b.inputs)
-        if is_given and _agree(a.results, b.results):
-            continue
-        previous: dict[Place, str] = {number - 1: a.operator}
-        at = [(place, name) for n_before, place, name in found.places if n_before == number]
-        # What it is given comes from the step before, through operators that arrange it.
-        first = dict(at[-1:] if is_given else at[:-1]) or previous
-        message = (
-            f"a forward computes otherwise once it is cut: operator {number} should be {tuple(a)} "
-            f"and is {tuple(b)}"
-        )
-        return message, [first, dict(at) | previous]
-    return "", []
-
-
-def first_other_value(before: Sequence[float], after: Sequence[float], rounding: float) -> int:
-    """The number of the first step that returns other magnitudes, or that of all."""
-    pairs = zip(before, after, strict=False)
-    differ = (n for n, (a, b) in enumerate(pairs) if a != b and abs(a - b) > rounding * abs(a))
-    return next(differ, len(before))
-
-
-def last_places(found: Trace, number: int) -> list[dict[Place, str]]:
-    """Where a step was, and more and more of those before it."""
-    places = [(place, name) for n, place, name in found.places if n <= number]
-    return [dict(places[-n:]) for n in (1, 2, 4)]
-
-
-def magnitudes(model: nn.Module, passes: Sequence[Pass], found: Trace | None = None) -> list[float]:
-    """For each step the sum of the magnitudes that it returns, of indices that stay in a trace."""
-    sums: list[float] = []
-
-    def watch(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
-        computes = _computes(func) and bool(tensors_in((args, kwargs)))
-
-        def finish(out: Any) -> None:
-            if not computes:
-                return
-            results = [each.detach().double() for each in tensors_in(out) if not each.is_complex()]
-            if found is not None and len(sums) < len(found.results):
-                for n, labels in enumerate(found.results[len(sums)][: len(results)]):
-                    for dim, each in enumerate(labels or ()):
-                        indices = torch.as_tensor(np.flatnonzero(found.stays[each]))
-                        results[n] = results[n].index_select(dim, indices.to(results[n].device))
-            sums.append(sum(float(each.abs().sum()) for each in results))
-
-        return finish
-
-    for _ in _outputs(model, passes, watch):
-        pass
-    return sums
-
-
-def _agree(expected: Any, seen: Any) -> bool:
-    """Whether shapes are those that are expected, where any are."""
-    if seen is None or len(expected) != len(seen):
-        return False
-    known = [(x, y) for x, y in zip(expected, seen, strict=True) if x is not None]
-    return all(
-        len(x) == len(y) and all(a is None or a == b for a, b in zip(x, y, strict=True))
-        for x, y in known
-    )
-
-
-def _computes(func: Any) -> bool:
-    packet = func.overloadpacket
-    return packet not in FACTORIES and not _ARRANGING.search(packet.__name__)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

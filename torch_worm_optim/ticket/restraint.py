@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -174,6 +175,23 @@ class Restraint:
             for parameter, mask in zip(self._parameters, self._removed, strict=True)
             for tensor in (parameter, *self.binding.state_like(parameter))
         ]
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Set removed entries to zero; if what follows fails they are what they were again."""
+        alive = [
+            (tensor, tensor.detach().clone())
+            for tensor, removed in self.held()
+            if tensor[removed.to(tensor.device)].any()
+        ]
+        self.apply_()
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for tensor, values in alive:
+                    tensor.copy_(values)
+            raise
 
     def _warn_if_alive(self) -> None:
         """Warn, once, if something has written to weights that are held at zero."""
