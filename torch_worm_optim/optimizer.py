@@ -348,9 +348,9 @@ class WormOptimizer(OptimizerWrapper):
 
         Args:
             *args: One batch for the model, which is run in evaluation mode.
-            batches (iterable, optional): Further batches, where one does not use all of the model:
+            batches (Iterable, optional): Further batches, where one does not use all of the model:
                 each a tensor, a tuple or a dict of keyword arguments (default: ()).
-            optimizers (iterable, optional): What else trains the model, such as Muon for matrices
+            optimizers (Iterable, optional): What else trains the model, such as Muon for matrices
                 beside AdamW; their state is cut too (default: ()).
             scatter (bool, optional): Whether BatchNorms that write into a wider residual stream are
                 narrowed too, see :func:`~torch_worm_optim.shrink_` (default: False).
