@@ -220,3 +220,14 @@ def test_a_model_that_needs_labels_in_training_is_watched_in_evaluation():
         report = shrink_(model, torch.randn(1, 1, 6, 6))
     assert report.channels[1] == 0
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dropout", [nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_dropout_that_makes_noise_of_zeros_in_training_keeps_them(dropout):
+    """The next layer reads the noise, in training alone."""
+    model = Distilled()
+    model.hint, model.trunk[5] = nn.Identity(), dropout(0.2)
+    zero_channels(model)
+    report = shrink_(model, torch.randn(1, 1, 6, 6))
+    assert (model.trunk[0].out_channels, model.trunk[3].out_channels) == (4, 12)
+    assert report.left.keys() == {"trunk.4.weight"}

@@ -44,6 +44,8 @@ from torch_worm_optim.shrink.state import cut_state_, with_inner
 from torch_worm_optim.shrink.trace import Place, Trace, trace_channels
 
 _HALF = (torch.float16, torch.bfloat16)
+# Layers that in training make something of zeros.
+_NOISY = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 # How often what one more operator touches is kept before less is cut everywhere.
 _MOST_TRIES = 8
 
@@ -376,11 +378,12 @@ def _runner(
             "model(images), shrink(**batch) for model(**batch)."
         ) from error
     unused = [p for p in model.parameters() if p.requires_grad and id(p) not in first.used]
-    if unused:  # Some parts run in training alone. In others a batch of its own is needed.
+    is_noisy = any(isinstance(each, _NOISY) for each in model.modules())
+    if unused or is_noisy:  # Some parts run in training alone, others with another batch.
         in_training = [*passes, *(each._replace(training=True) for each in passes)]
         with contextlib.suppress(Exception):  # a model that needs labels then
             again = record(model, in_training, [])
-            if any(id(p) in again.used for p in unused):
+            if is_noisy or any(id(p) in again.used for p in unused):
                 passes, first = in_training, again
     device = next((p.device.type for p in model.parameters()), "cpu")
     is_half = any(p.dtype in _HALF for p in model.parameters())
