@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,15 @@ Shapes = Mapping[str, "tuple[torch.Size, torch.Size]"]  # of entries, before and
 
 
 class _Width(NamedTuple):
-    """A number of channels that layers give or read, and what it has become."""
+    """A size of a parameter that is another one in the state_dict."""
 
-    position: int
+    position: int  # of the module, in the order in which they were built
     key: str
     before: int
     after: int
-    is_layer: bool
+    is_row: bool  # what a layer gives
+    is_column: bool  # what it reads
+    is_matrix: bool  # of a linear layer, before or behind a flatten
 
 
 def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -85,7 +88,7 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             )
     shapes = {key: (tensor.shape, state_dict[key].shape) for key, tensor in own.items()}
     written = {path: int(state_dict[f"{path}.{WIDTH}"]) for path in scattered}
-    ends = {each.key for each in _ends(model, shapes, written)}
+    ends = set(_ends(model, shapes))
     for key, (before, after) in shapes.items():
         fits = _could_be_cut(modules[key.rpartition(".")[0]], before, after) and key not in ends
         if not fits or after != state_dict[aliases.get(key, key)].shape:
@@ -137,49 +140,50 @@ def _could_be_cut(module: nn.Module, before: torch.Size, after: torch.Size) -> b
     return after[0] == n_rows and all(a <= b for a, b in zip(after, before, strict=True))
 
 
-def _ends(model: nn.Module, shapes: Shapes, written: Mapping[str, int]) -> Iterator[_Width]:
+def _ends(model: nn.Module, shapes: Shapes) -> Iterator[str]:
     """Layers that give fewer channels that nothing reads, or read fewer that nothing gives."""
-    given, read = [], []
+    # Each size that is another one: how many modules were built before, and its matrix, if any.
+    changed: list[_Width] = []
     for position, (path, module) in enumerate(model.named_modules()):
         is_layer = isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+        is_transposed = isinstance(module, _ConvTransposeNd) or is_conv1d(module)
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            before, after = shapes.get(name, (parameter.shape, parameter.shape))
-            widths = [
-                _Width(position, name, *sizes, is_layer)
-                for sizes in zip(before, after, strict=False)
-            ]
-            if path in written:  # A BatchNorm that writes by index what it is given.
-                read += widths[:1]
-                given.append(_Width(position, name, before[0], written[path], False))
-            elif isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels:
-                continue
-            elif len(widths) > 1:
-                is_transposed = isinstance(module, _ConvTransposeNd) or is_conv1d(module)
-                is_transposed |= isinstance(module, nn.Embedding)
-                dims = (1, 0) if is_transposed else (0, 1)
-                given += [widths[dims[0]]] if is_layer else widths
-                read += [widths[dims[1]]] if is_layer else widths
-    given, read = ([each for each in side if each.before != each.after] for side in (given, read))
-    for own, others, sign in ((given, read, 1), (read, given, -1)):
-        for each in own:
-            # Most networks build a layer before those that read it. Where they do not, its width
-            # may be a part of theirs, unless all of theirs are those of other layers.
-            if (
-                each.is_layer
-                and all(sign * (each.position - other.position) >= 0 for other in others)
-                and not any(_in_step(each, other) for other in others if other.key != each.key)
-                and all(
-                    any(_in_step(one, other, whole=True) for one in own if one is not each)
-                    for other in others
-                )
-            ):
-                yield each
+            sizes = zip(*shapes.get(name, (parameter.shape, parameter.shape)), strict=True)
+            for dim, (before, after) in enumerate(sizes):
+                if before != after:
+                    is_row = is_layer and parameter.dim() > 1 and dim == is_transposed
+                    is_column = is_layer and parameter.dim() > 1 and dim == 1 - is_transposed
+                    is_matrix = isinstance(module, nn.Linear)
+                    changed.append(
+                        _Width(position, name, before, after, is_row, is_column, is_matrix)
+                    )
+    for each in changed:
+        others = [other for other in changed if other.position != each.position]
+        # Most networks build a layer before those that read it, which may read several at once.
+        is_end = (each.is_row and all(other.position < each.position for other in others)) or (
+            each.is_column and all(other.position > each.position for other in others)
+        )
+        if is_end and not _is_explained(each, others):
+            yield each.key
 
 
-def _in_step(a: _Width, b: _Width, whole: bool = False) -> bool:
-    """Whether the same share of two widths is left; and whether one holds the other n times."""
-    is_multiple = a.before % b.before == 0 or b.before % a.before == 0
-    return a.before * b.after == b.before * a.after and (is_multiple or not whole)
+def _is_explained(width: _Width, others: Sequence[_Width]) -> bool:
+    """Whether another layer has that width, a matrix one that a view makes, or two have it."""
+    return any(
+        (a.before, a.after) == (width.before, width.after)
+        or (a.is_matrix and _is_multiple(a, width))
+        or (width.is_matrix and _is_multiple(width, a))
+        for a in others
+    ) or any(
+        (a.before + b.before, a.after + b.after) == (width.before, width.after)
+        for a, b in itertools.combinations(others, 2)
+    )
+
+
+def _is_multiple(larger: _Width, smaller: _Width) -> bool:
+    """Whether one width holds the other a whole number of times, before and after."""
+    n = larger.before // smaller.before
+    return n > 1 and (larger.before, larger.after) == (n * smaller.before, n * smaller.after)
 
 
 def _unsaved(model: nn.Module, saved: Any, shapes: Shapes) -> list[tuple[Tensor, Tensor]]:
