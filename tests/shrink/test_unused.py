@@ -156,17 +156,54 @@ def test_the_method_takes_several_batches_too():
         model(x, *call).sum().backward()
 
 
-def test_what_no_batch_used_stays_and_is_named():
-    """One warning, and the report names each."""
-    model = Domains()
-    x = torch.randn(3, 1, 6, 6)
+def test_what_no_batch_used_stays_with_what_its_twin_reads():
+    """A warning and the report name it, and other calls of the model go on."""
+    model = Domains().double()
+    model.more = nn.Sequential(nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 1, 1))
+    zero_channels(model.more)
+    model.double().register_forward_pre_hook(lambda self, args: (self.more(args[0]), *args[1:]))
+    x = torch.randn(3, 1, 6, 6, dtype=torch.double)
+    calls = [(domain, task) for domain in (0, 1) for task in (0, 1)]
+    expected = [outputs(model, (x, *call), mode) for call in calls for mode in (False, True)]
+
     with pytest.warns(UserWarning, match=r"4 trainable parameters of Domains.*batches=") as caught:
         report = shrink_(model, x)
+
     assert len(caught) == 1
     names = ["norms.1.weight", "norms.1.bias", "heads.1.weight", "heads.1.bias"]
     assert report.unused == names
     assert "not used by this batch: 4 parameters, norms.1.weight" in str(report)
-    assert [model.get_parameter(name).shape[0] for name in names] == [16, 16, 5, 5]
+    assert "may read it" in report.left["norms.0.weight"]
+    assert (model.conv.out_channels, model.more[0].out_channels) == (16, 3)
+    found = [outputs(model, (x, *call), mode) for call in calls for mode in (False, True)]
+    torch.testing.assert_close(found, expected)
+
+
+class Experts(nn.Module):
+    """Three blocks of one kind, of which a call uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+            for _ in range(3)
+        )
+        zero_channels(self)
+
+    def forward(self, x: Tensor, expert: int = 0) -> Tensor:
+        """By one of them."""
+        return x + self.experts[expert](x)
+
+
+@pytest.mark.filterwarnings("ignore:This batch does not use")
+def test_what_a_part_has_for_itself_goes_though_its_twins_are_unused():
+    """Nobody else can read the hidden units of an expert."""
+    model, x = Experts().double(), torch.randn(3, 4, dtype=torch.double)
+    expected = [outputs(model, (x, n), False) for n in range(3)]
+    shrink_(model, x, batches=[(x, 2)])
+    assert [expert[0].out_features for expert in model.experts] == [4, 8, 4]
+    torch.testing.assert_close([outputs(model, (x, n), False) for n in range(3)], expected)
 
 
 def test_a_norm_of_which_a_part_is_used_stays():
@@ -175,7 +212,7 @@ def test_a_norm_of_which_a_part_is_used_stays():
     model.norms[1].weight, model.norms[1].bias = model.norms[0].weight, model.norms[0].bias
     x = torch.randn(3, 1, 6, 6)
     expected = [outputs(model, (x, n), False) for n in (0, 1)]
-    with pytest.warns(UserWarning, match="does not use"):
+    with pytest.warns(UserWarning, match="no batch uses all of a layer"):
         shrink_(model, x, batches=[(x, 0, 1)])
     torch.testing.assert_close([outputs(model, (x, n), False) for n in (0, 1)], expected)
 

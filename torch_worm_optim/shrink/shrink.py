@@ -215,7 +215,7 @@ def _warn(report: ShrinkReport, model: nn.Module) -> None:
     elif unused:
         warn_user(
             f"This batch does not use {len(unused)} trainable parameters of {kind}, {unused[0]!r} "
-            "among them. They stay as they are, and may no longer fit what they read. Pass further "
+            "among them. They stay as they are, and what they read may have been cut. Pass further "
             "batches that use them as `batches=[...]`."
         )
     if report.zero:

@@ -111,7 +111,7 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
             and len({known.info(t).is_used for t in own if t.dim()}) > 1
         ):
             for tensor in own:  # one of them may be another layer's as well
-                known.pin_all(tensor, "this forward does not use all of a layer")
+                known.pin_all(tensor, "no batch uses all of a layer; pass `batches=`")
     return _result(known, model, steps, places)
 
 
@@ -234,7 +234,9 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
     infos = [known.info(tensor) for tensor in known.named.values()]
     for info in infos:
         for labels in () if info.is_used else info.labels:
-            keep(labels, "this forward does not use it")
+            keep(labels, "no batch uses it; pass `batches=`")
+    for labels in _read_beside_unused(known, root):
+        keep(labels, "a part that no batch uses may read it; pass `batches=`")
     for labels, reason in known.joined_to_pinned:
         keep(labels, reason)
     # What no operator reads may be read by other code, as a list of indices is.
@@ -259,6 +261,24 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
                 surplus = part[removable[root[part]]][least:]
                 changed |= keep(surplus, "groups and split parts lose equal numbers")
     return root, removable, why
+
+
+def _read_beside_unused(known: LabelMap, root: Labels) -> Iterator[Labels]:
+    """What parts share with others that have a twin which is not used, such as another head."""
+    roots = {
+        name: root[np.concatenate([root[:0], *known.info(tensor).labels])]
+        for name, tensor in known.named.items()
+    }
+    is_used = {name: known.info(tensor).is_used for name, tensor in known.named.items()}
+    for twin in (name for name, used in is_used.items() if not used):
+        for name in (name for name, used in is_used.items() if used):
+            pairs = list(zip(name.split("."), twin.split("."), strict=False))
+            differ = [n for n, (a, b) in enumerate(pairs) if a != b]
+            is_twin = len(differ) == 1 and name.count(".") == twin.count(".")
+            if is_twin and known.named[name].shape == known.named[twin].shape:
+                part = ".".join(name.split(".")[: differ[0] + 1]) + "."
+                others = [each for other, each in roots.items() if not other.startswith(part)]
+                yield np.intersect1d(roots[name], np.concatenate([root[:0], *others]))
 
 
 def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -> Trace:
