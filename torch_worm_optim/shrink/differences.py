@@ -44,7 +44,7 @@ def first_difference(
         is_given = a.operator == b.operator and _agree(a.inputs, b.inputs)
         if is_given and _agree(a.results, b.results):
             continue
-        previous: dict[Place, str] = {number - 1: a.operator}
+        previous: dict[Place, str] = {(("after", number - 1),): found.steps[number - 1].operator}
         at = [(place, name) for n_before, place, name in found.places if n_before == number]
         # What it is given comes from the step before, through operators that arrange it.
         first = dict(at[-1:] if is_given else at[:-1]) or previous
@@ -52,7 +52,7 @@ def first_difference(
             f"a forward computes otherwise once it is cut: operator {number} should be {tuple(a)} "
             f"and is {tuple(b)}"
         )
-        return message, [first, dict(at) | previous]
+        return message, [first, previous | {(("at", number),): a.operator}]
     return "", []
 
 
@@ -64,9 +64,9 @@ def first_other_value(before: Sequence[float], after: Sequence[float], rounding:
 
 
 def last_places(found: Trace, number: int) -> list[dict[Place, str]]:
-    """Where a step was, and more and more of those before it."""
-    places = [(place, name) for n, place, name in found.places if n <= number]
-    return [dict(places[-n:]) for n in (1, 2, 4)]
+    """A step, and more and more of those before it."""
+    steps = list(enumerate(found.steps))[: number + 1]
+    return [{(("at", at),): step.operator for at, step in steps[-n:]} for n in (1, 2, 4)]
 
 
 def magnitudes(model: nn.Module, passes: Sequence[Pass], found: Trace | None = None) -> list[float]:
@@ -82,7 +82,8 @@ def magnitudes(model: nn.Module, passes: Sequence[Pass], found: Trace | None = N
             results = [each.detach().double() for each in tensors_in(out) if not each.is_complex()]
             if found is not None and len(sums) < len(found.results):
                 for n, labels in enumerate(found.results[len(sums)][: len(results)]):
-                    for dim, each in enumerate(labels or ()):
+                    fits = labels and [len(each) for each in labels] == list(results[n].shape)
+                    for dim, each in enumerate(labels if fits else ()):
                         indices = torch.as_tensor(np.flatnonzero(found.stays[each]))
                         results[n] = results[n].index_select(dim, indices.to(results[n].device))
             sums.append(sum(float(each.abs().sum()) for each in results))

@@ -47,6 +47,7 @@ class Run(NamedTuple):
     n_flops: int  # of the first
     used: set[int]  # ids of all tensors that an operator was given
     n_certain: int  # steps before the first whose results are as large as values tell
+    is_fragile: bool  # whether rounding may change more than the last digits, as where values rank
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -103,6 +104,7 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
     flops: list[int] = []
     used: set[int] = set()
     n_certain: list[int] = []
+    ranking: list[str] = []
 
     def take_note(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
         inputs = tensors_in((args, kwargs))
@@ -116,6 +118,8 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
             if (count := flop_registry.get(func.overloadpacket)) is not None:
                 flops.append(count(*args, **kwargs, out_val=out))
             if is_step:
+                if steps[-1].operator in ("topk", "sort") and inputs[0].is_floating_point():
+                    ranking.append(steps[-1].operator)
                 if _is_as_large_as_values_tell(func, inputs):
                     n_certain.append(len(steps) - 1)
                 steps[-1] = steps[-1]._replace(results=_shapes(tensors_in(out)))
@@ -128,7 +132,8 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
             n_flops = n_flops if number else sum(flops)
             outputs.append(output)
     evaluated = [out for out, each in zip(outputs, passes, strict=True) if not each.training]
-    return Run(evaluated, steps, n_flops, used, min(n_certain, default=len(steps)))
+    n_before = min(n_certain, default=len(steps))
+    return Run(evaluated, steps, n_flops, used, n_before, bool(n_certain or ranking))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -267,7 +267,7 @@ def _cut_all(
         after = magnitudes(cut.model, passes)
         cut.undo()
         before = magnitudes(cut.model, passes, found)
-        number = first_other_value(before, after, tolerance(expected.outputs))
+        number = first_other_value(before, after, tolerance(list(cut.model.parameters())))
         raise ComputesOtherwiseError(message, last_places(found, number))
     if not scatter or not found.left:
         return found, result
@@ -388,7 +388,7 @@ def _runner(
     device = next((p.device.type for p in model.parameters()), "cpu")
     is_half = any(p.dtype in _HALF for p in model.parameters())
     dtype = None
-    if first.n_certain < len(first.steps):  # how many boxes are found is a matter of rounding
+    if first.is_fragile:  # which boxes are found, and how many, is a matter of rounding
         dtype = torch.float64
     elif is_half or torch.is_autocast_enabled(device):
         dtype = torch.float32

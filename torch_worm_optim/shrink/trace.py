@@ -44,10 +44,10 @@ from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 
 logger = logging.getLogger(__name__)
 
-# Where an operator is called: lines of code from itself up to the `forward` that it stands in, so
-# that what one line does in each of many layers is one place. Or the number of a step, whose
-# results are meant.
-Place = int | tuple[tuple[str, int], ...]
+# Lines of code from where an operator is called up to the `forward` that it stands in, so that what
+# one line does in each of many layers is one place. Or "at" or "after" the number of a step, for
+# all that it touches or for its results.
+Place = tuple[tuple[str, int], ...]
 _PACKAGE, _TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
 
 
@@ -88,12 +88,12 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
         def finish(out: Any) -> None:
             is_step = computes(func) and bool(inputs)
             _label(known, func, args, kwargs, out)
-            if place in limits.stay:
-                for tensor in tensors_in((args, kwargs, out)):
-                    known.pin_all(tensor, f"the forward states a width, `{limits.stay[place]}`")
-            if is_step and len(steps) in limits.stay:
-                for tensor in tensors_in(out):
-                    known.pin_all(tensor, f"the forward states a width after `{known.operator}`")
+            at, after = (("at", len(steps)),), (("after", len(steps)),)
+            touched = tensors_in((args, kwargs, out))
+            for where, tensors in ((place, touched), (at, touched), (after, tensors_in(out))):
+                if where in limits.stay and (is_step or where == place):
+                    for tensor in tensors:
+                        known.pin_all(tensor, f"the forward states a width, `{limits.stay[where]}`")
             if is_step:
                 results = tuple(map(known.known_labels, tensors_in(out)))
                 steps.append(Step(known.operator, inputs, results))
