@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -259,12 +260,51 @@ def test_a_model_that_needs_labels_in_training_is_watched_in_evaluation():
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("dropout", [nn.AlphaDropout, nn.FeatureAlphaDropout])
-def test_dropout_that_makes_noise_of_zeros_in_training_keeps_them(dropout):
-    """The next layer reads the noise, in training alone."""
-    model = Distilled()
-    model.hint, model.trunk[5] = nn.Identity(), dropout(0.2)
+class InTraining(nn.Module):
+    """Does more with its channels in training, with the parameters that it always uses."""
+
+    def __init__(self, more: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trunk, self.head, self.more = trunk(), nn.Linear(12, 3), more
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Classify."""
+        x = self.trunk(x)
+        y = self.more(x) if self.training else x
+        further = () if y.shape == x.shape else (y,)
+        return self.head((x if further else y).mean((2, 3))), *further
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        nn.AlphaDropout(0.2),
+        nn.FeatureAlphaDropout(0.2),
+        lambda x: F.alpha_dropout(x, 0.2, True),
+        lambda x: x + torch.randn_like(x),
+        lambda x: x + 1,
+        lambda x: x.flatten(2),  # is returned
+        lambda x: x.abs().sum(1) / x.shape[1],
+    ],
+)
+def test_what_zeros_become_in_training_is_seen(more):
+    """A channel whose zeros count there stays, or what is returned is what it was."""
+    model = InTraining(more).double()
     zero_channels(model)
-    report = shrink_(model, torch.randn(1, 1, 6, 6))
+    twin, batch = copy.deepcopy(model), torch.randn(3, 1, 6, 6, dtype=torch.double)
+    report = shrink_(model, batch[:1])
     assert (model.trunk[0].out_channels, model.trunk[3].out_channels) == (4, 12)
     assert report.left.keys() == {"trunk.4.weight"}
+    for training in (False, True):
+        results = []
+        for each in (model, twin):
+            torch.manual_seed(0)
+            results.append(each.train(training)(batch))
+        torch.testing.assert_close(*results)
+
+
+def test_dropout_of_zeros_takes_nothing_from_what_goes():
+    """Zeros stay zeros."""
+    model = InTraining(lambda x: F.dropout2d(F.dropout(x)))
+    zero_channels(model)
+    assert shrink_(model, torch.randn(1, 1, 6, 6)).channels[1] == 0

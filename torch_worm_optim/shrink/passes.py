@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -42,7 +45,7 @@ class Step(NamedTuple):
 class Run(NamedTuple):
     """What passes return, what their operators did, and how many operations they take."""
 
-    outputs: list[Any]  # of those in evaluation mode
+    outputs: list[Any]  # of those in which nothing is random
     steps: list[Step]
     n_flops: int  # of the first
     used: set[int]  # ids of all tensors that an operator was given
@@ -70,33 +73,56 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def watched(model: nn.Module, passes: Sequence[Pass], tell: Any) -> Iterator[Any]:
     """What a model returns in each pass, where `tell` hears of each operator."""
     for args, kwargs, training in passes:
-        # Modules forget what they keep in evaluation, as LeViT's do their biases of positions.
-        model.train()
-        if training:
-            for norm in model.modules():
-                if isinstance(norm, _NormBase):  # so that one image is enough
-                    norm.eval()
-        else:
+        with _all_put_back(model), torch.no_grad(), torch.random.fork_rng():
+            # Modules forget what they keep in evaluation, as LeViT's do their biases of positions.
+            model.train()
+            if training:
+                for layer in filter(_has_statistics, model.modules()):
+                    layer.eval()
+            else:
+                model.eval()
+            torch.manual_seed(0), random.seed(0), np.random.seed(0)
+            with _Watch(tell):
+                outputs = model(*args, **kwargs)
             model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), _buffers_kept(model), _Watch(tell):
-            torch.manual_seed(0)
-            outputs = model(*args, **kwargs)
-        model.eval()
         yield outputs
 
 
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether all that training changes is statistics, for which one image is not enough."""
+    # Vectors of a spectral norm may be of the layer that has it.
+    is_of_torch = type(module).__module__.startswith("torch.nn.")
+    has_own = bool(module._parameters or module._buffers)
+    return isinstance(module, _NormBase) or (is_of_torch and has_own)
+
+
 @contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back that a pass writes to, as statistics are."""
-    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+def _all_put_back(model: nn.Module) -> Iterator[None]:
+    """Put back what a pass writes to: tensors, as statistics are, numbers, and generators."""
+    tensors = [
+        (each, each.data, each.clone())
+        for each in (*model.parameters(), *model.buffers())
+        if type(each) in (Tensor, nn.Parameter)
+    ]
+    holders: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in (m for m in model.modules() if not isinstance(m, ScriptModule)):
+        own = vars(module)
+        holders.append((own, {k: v for k, v in own.items() if type(v) in (int, float, bool)}))
+        holders.append((module._buffers, dict(module._buffers)))
+    states = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        now = dict(model.named_buffers())
-        for name, (buffer, values) in before.items():
-            is_strided = buffer.layout == torch.strided
-            if now.get(name) is buffer and not (is_strided and torch.equal(buffer, values)):
-                buffer.copy_(values)
+        random.setstate(states[0]), np.random.set_state(states[1])
+        for holder, content in holders:
+            holder.update(content)
+        with torch.no_grad():
+            for tensor, data, values in tensors:
+                is_strided = tensor.layout == torch.strided
+                if is_strided and tensor.data_ptr() != data.data_ptr():
+                    tensor.data = data
+                if not (is_strided and torch.equal(tensor, values)):
+                    tensor.copy_(values)
 
 
 def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
@@ -105,10 +131,13 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
     used: set[int] = set()
     n_certain: list[int] = []
     ranking: list[str] = []
+    random_steps: list[str] = []
 
     def take_note(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
         inputs = tensors_in((args, kwargs))
         used.update(map(id, inputs))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            random_steps.append(func.overloadpacket.__name__)
         is_step = computes(func) and bool(inputs)
         if is_step:
             steps.append(Step(func.overloadpacket.__name__, _shapes(inputs)))
@@ -130,10 +159,11 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
     with widths_of_inputs(model):
         for number, output in enumerate(watched(model, passes, take_note)):
             n_flops = n_flops if number else sum(flops)
-            outputs.append(output)
-    evaluated = [out for out, each in zip(outputs, passes, strict=True) if not each.training]
+            if not (passes[number].training and random_steps):
+                outputs.append(output)
+            random_steps.clear()
     n_before = min(n_certain, default=len(steps))
-    return Run(evaluated, steps, n_flops, used, n_before, bool(n_certain or ranking))
+    return Run(outputs, steps, n_flops, used, n_before, bool(n_certain or ranking))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

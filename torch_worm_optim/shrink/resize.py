@@ -188,15 +188,18 @@ def _update(module: Any) -> None:
 @contextlib.contextmanager
 def widths_of_inputs(model: nn.Module) -> Iterator[None]:
     """While it runs, have InstanceNorms without parameters say how many channels they are given."""
+    widths: dict[Any, int] = {}
 
     def take(module: Any, args: Any) -> None:
         for x in args:
-            module.num_features = x.shape[x.dim() - module._get_no_batch_dim()]
+            widths[module] = module.num_features = x.shape[x.dim() - module._get_no_batch_dim()]
 
     norms = [each for each in model.modules() if isinstance(each, _InstanceNorm)]
     hooks = [each.register_forward_pre_hook(take) for each in norms if not each.state_dict()]
     try:
         yield
     finally:
+        for module, width in widths.items():  # a pass puts back what it was
+            module.num_features = width
         for hook in hooks:
             hook.remove()

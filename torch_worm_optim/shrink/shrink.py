@@ -44,8 +44,6 @@ from torch_worm_optim.shrink.state import cut_state_, with_inner
 from torch_worm_optim.shrink.trace import Place, Trace, trace_channels
 
 _HALF = (torch.float16, torch.bfloat16)
-# Layers that in training make something of zeros.
-_NOISY = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 # How often what one more operator touches is kept before less is cut everywhere.
 _MOST_TRIES = 8
 
@@ -72,8 +70,8 @@ def shrink_(
 
     Args:
         model: The network, on any device, in any dtype.
-        args: One batch for ``model(*args, **kwargs)``: a tensor or a tuple. It is run in evaluation
-            mode, a few times.
+        args: One batch for ``model(*args, **kwargs)``: a tensor or a tuple. It is run a few times
+            in evaluation and, if the model can be called so, in training mode.
         kwargs: Keyword arguments of the same call.
         optimizer: An optimizer of the model, whose state is cut alike, with that of optimizers that
             it wraps or that wrap it. State that cannot be cut, such as factors and codes, starts
@@ -368,23 +366,12 @@ def _runner(
     model: nn.Module, passes: list[Pass]
 ) -> tuple[list[Pass], Callable[[list[Step]], Run], Run]:
     """The passes to watch, what runs them in a precision that shows differences, and a run."""
+    in_training = [*passes, *(each._replace(training=True) for each in passes)]
     try:
-        first = record(model, passes, [])
-    except Exception as error:
-        message = str(error).strip().partition("\n")[0]
-        raise RuntimeError(
-            f"{type(model).__name__} cannot be run with this batch ({type(error).__name__}: "
-            f"{message}). Pass the arguments of one call, as in training: shrink(images) for "
-            "model(images), shrink(**batch) for model(**batch)."
-        ) from error
-    unused = [p for p in model.parameters() if p.requires_grad and id(p) not in first.used]
-    is_noisy = any(isinstance(each, _NOISY) for each in model.modules())
-    if unused or is_noisy:  # Some parts run in training alone, others with another batch.
-        in_training = [*passes, *(each._replace(training=True) for each in passes)]
-        with contextlib.suppress(Exception):  # a model that needs labels then
-            again = record(model, in_training, [])
-            if is_noisy or any(id(p) in again.used for p in unused):
-                passes, first = in_training, again
+        first = record(model, in_training, [])
+        passes = in_training
+    except Exception:  # a model that needs labels in training, if the batch is right
+        first = _evaluated(model, passes)
     device = next((p.device.type for p in model.parameters()), "cpu")
     is_half = any(p.dtype in _HALF for p in model.parameters())
     dtype = None
@@ -402,6 +389,19 @@ def _runner(
         return result._replace(outputs=_comparable(result.outputs, model))
 
     return passes, lambda steps: precise(record(model, passes, steps)), precise(first)
+
+
+def _evaluated(model: nn.Module, passes: Sequence[Pass]) -> Run:
+    """Passes in evaluation mode; raise if the model cannot be run with the batch."""
+    try:
+        return record(model, passes, [])
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be run with this batch ({type(error).__name__}: "
+            f"{message}). Pass the arguments of one call, as in training: shrink(images) for "
+            "model(images), shrink(**batch) for model(**batch)."
+        ) from error
 
 
 def _cast(passes: Sequence[Pass], dtype: torch.dtype) -> Any:
