@@ -286,6 +286,36 @@ def test_what_is_not_exact_stays(between):
     assert count_left(Images(between), [images(0), images(1)]) == 4
 
 
+class Compared(Images):
+    """Says where channels are equal to others, which have zeros for some images alone."""
+
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(nn.Identity())
+        self.other, self.compare = nn.Conv2d(3, 8, 1), compare
+        nn.init.constant_(self.other.bias, 50.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two channels."""
+        y = self.bn(self.conv(x)).relu()
+        return self.out(y + self.compare(y, self.other(x).relu()))
+
+
+@pytest.mark.filterwarnings("ignore:Nothing was cut")
+@pytest.mark.parametrize(
+    "compare",
+    [torch.eq, lambda a, b: (a == b) & (a < 1), lambda a, b: torch.isclose(a, b)],
+)
+def test_what_is_zero_beside_most_values_and_not_beside_zero_stays(compare):
+    """Zero is equal to zero, whatever the batch that is watched has."""
+    batches = [images(0), tuple(1e3 * x for x in images(1))]
+    assert count_left(Compared(compare), batches) == 4
+
+
+def test_zero_over_something_is_zero():
+    """Over zero it is not a number, before as well."""
+    assert count_left(Compared(lambda a, b: a / (b + 1) + a * b), [images(0), images(1)]) == 0
+
+
 class OfItsBatch(nn.BatchNorm2d):
     """A BatchNorm that always is in training mode."""
 

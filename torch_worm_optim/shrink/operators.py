@@ -31,7 +31,7 @@ Rule = Callable[[LabelMap, Any, Any, Any, Any], bool]
 
 _aten = torch.ops.aten
 # Values that stand for any value when it is asked whether a function of several is zero.
-_PROBES = (-2.3, -0.6, 0.4, 1.7)
+_PROBES = (-2.3, -0.6, 0.0, 0.4, 1.7)
 
 
 def _operators(names: str) -> set[Any]:
@@ -146,7 +146,8 @@ def _at_probe(func: Any, args: Any, kwargs: Any, pattern: Flags, number: int) ->
             probe = torch.tensor(value, device=arg.device)
             arg = probe > 0 if arg.dtype == torch.bool else probe.to(arg.dtype)
         probes.append(arg)
-    return bool(tensors_in(func(*probes, **kwargs))[0])
+    result = tensors_in(func(*probes, **kwargs))[0]
+    return bool(result) and not bool(result.isnan())  # as of zero over zero
 
 
 def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
