@@ -60,6 +60,7 @@ def split_by_attribute(self: Stated, x: Tensor) -> Tensor:
 STATED: dict[str, Callable[[Stated, Tensor], Tensor]] = {
     "view": lambda self, x: x.view(-1, 16, 64).view(-1, 16, 8, 8),
     "reshape by an attribute": lambda self, x: x.reshape(-1, self.n, 8, 8),
+    "reshape and back": lambda self, x: x.reshape(-1, 16, 8, 8).reshape(len(x), -1, 8, 8),
     "expand": lambda self, x: x * torch.ones(16, 1, 1).expand(16, 8, 8),
     "assertion": checked,
     "uneven split": split_unevenly,

@@ -70,8 +70,9 @@ _PICKING = _operators("slice select index index_select embedding")
 # Operators whose result depends on more than what they are given, or on what is picked: what one
 # input picks another may not.
 VARYING = _PICKING | _FILLING | _LIKE | _operators("gather native_dropout rrelu_with_noise")
-_REARRANGING = _PICKING | _operators("""
-    view _unsafe_view reshape unsqueeze squeeze permute transpose t expand repeat roll split
+VIEWS = _operators("view _unsafe_view reshape")  # those that may state sizes
+_REARRANGING = _PICKING | VIEWS | _operators("""
+    unsqueeze squeeze permute transpose t expand repeat roll split
     split_with_sizes unbind flip rot90 unfold
 """)
 

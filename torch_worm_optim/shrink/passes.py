@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from torch_worm_optim.shrink.labels import tensors_in
-from torch_worm_optim.shrink.operators import FACTORIES
+from torch_worm_optim.shrink.operators import FACTORIES, VIEWS
 from torch_worm_optim.shrink.resize import widths_of_inputs
 
 # Operators that arrange entries anew. Which of them run depends on strides, which cutting changes.
@@ -39,6 +39,7 @@ class Step(NamedTuple):
 
     operator: str
     inputs: tuple[Any, ...]
+    views: tuple[Any, ...] = ()  # that were made since the step before
     results: tuple[Any, ...] | None = None  # None if it raised
 
 
@@ -131,6 +132,7 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
     used: set[int] = set()
     n_certain: list[int] = []
     ranking: list[str] = []
+    views: list[tuple[int, ...]] = []
     random_steps: list[str] = []
 
     def take_note(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
@@ -140,12 +142,15 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
             random_steps.append(func.overloadpacket.__name__)
         is_step = computes(func) and bool(inputs)
         if is_step:
-            steps.append(Step(func.overloadpacket.__name__, _shapes(inputs)))
+            steps.append(Step(func.overloadpacket.__name__, _shapes(inputs), tuple(views)))
+            views.clear()
 
         def finish(out: Any) -> None:
             # The hooks of `FlopCounterMode` fail where a module gets a parameter as its input.
             if (count := flop_registry.get(func.overloadpacket)) is not None:
                 flops.append(count(*args, **kwargs, out_val=out))
+            if func.overloadpacket in VIEWS:
+                views.append(tuple(out.shape))
             if is_step:
                 if steps[-1].operator in ("topk", "sort") and inputs[0].is_floating_point():
                     ranking.append(steps[-1].operator)

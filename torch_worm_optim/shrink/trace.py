@@ -38,7 +38,7 @@ from torch_worm_optim.shrink.labels import (
     tensors_in,
     tensors_of,
 )
-from torch_worm_optim.shrink.operators import FACTORIES, VARYING, ZEROS, rule_of
+from torch_worm_optim.shrink.operators import FACTORIES, VARYING, VIEWS, ZEROS, rule_of
 from torch_worm_optim.shrink.passes import Pass, Step, computes, watched
 from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 
@@ -74,6 +74,7 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
             known.pin_all(tensor, f"{type(module).__name__} states its size")
     steps: list[Step] = []
     places: list[tuple[int, Place, str]] = []
+    views: list[Any] = []
 
     def watch(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
         place, known.operator = _place(), func.overloadpacket.__name__
@@ -96,7 +97,10 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
                         known.pin_all(tensor, f"the forward states a width, `{limits.stay[where]}`")
             if is_step:
                 results = tuple(map(known.known_labels, tensors_in(out)))
-                steps.append(Step(known.operator, inputs, results))
+                steps.append(Step(known.operator, inputs, tuple(views), results))
+                views.clear()
+            elif func.overloadpacket in VIEWS:
+                views.append(known.told_labels(out))
 
         return finish
 
@@ -295,7 +299,7 @@ def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -
         )
 
     of_results = [step.results or () for step in steps]
-    steps = [Step(name, shapes(inputs), shapes(results)) for name, inputs, results in steps]
+    steps = [Step(name, *(shapes(each or ()) for each in told)) for name, *told in steps]
     kept, left = {}, {}
     for name, tensor in known.named.items():
         info = known.info(tensor)
