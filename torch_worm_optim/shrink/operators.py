@@ -71,9 +71,9 @@ _PICKING = _operators("slice select index index_select embedding")
 # input picks another may not.
 VARYING = _PICKING | _FILLING | _LIKE | _operators("gather native_dropout rrelu_with_noise")
 VIEWS = _operators("view _unsafe_view reshape")  # those that may state sizes
-_REARRANGING = _PICKING | VIEWS | _operators("""
-    unsqueeze squeeze permute transpose t expand repeat roll split
-    split_with_sizes unbind flip rot90 unfold
+_REARRANGING = _PICKING | _operators("""
+    unsqueeze squeeze permute transpose t expand repeat roll split split_with_sizes unbind flip
+    rot90 unfold
 """)
 
 
@@ -632,7 +632,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_operators(_BATCH_NORM), _batch_norm),
     **dict.fromkeys(_MIXING, _mixed),
-    **dict.fromkeys(_REARRANGING, rearrange),
+    **dict.fromkeys(_REARRANGING | VIEWS, rearrange),
     **dict.fromkeys((_aten.addmm, _aten.mm), _linear),
     **dict.fromkeys((_aten.cat, _aten.stack), _cat),
     **dict.fromkeys((_aten.view_as_complex, _aten.view_as_real), _complex),
