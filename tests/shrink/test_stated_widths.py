@@ -127,6 +127,36 @@ class PointNet(nn.Module):
         return self.fc2(F.relu(self.bn3(self.fc1(x))))
 
 
+class Generator(nn.Module):
+    """A row that becomes an image of a known width, and norms that one line calls, the first too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.row = nn.Linear(20, 8 * 4 * 4)
+        last = nn.Conv2d(6, 3, 1)
+        self.norms = nn.Sequential(nn.BatchNorm2d(8), *block(8, 8), *block(8, 6), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Make an image."""
+        return self.norms(self.row(x.flatten(1)).view(x.shape[0], 8, 4, 4))
+
+
+def test_norms_that_one_line_calls_are_not_what_states_a_width():
+    """What a BatchNorm allocates for itself is no width that the forward states."""
+    model = Generator().double()
+    zero_channels(model)
+    batch = (torch.randn(4, 20, dtype=torch.double),)
+    expected = [outputs(model, batch, training) for training in (False, True)]
+
+    report = shrink_(model, batch[0])
+
+    found = [outputs(model, batch, training) for training in (False, True)]
+    torch.testing.assert_close(found, expected)
+    assert report.left.keys() == {"norms.0.weight"}
+    assert {"norms.2.weight", "norms.5.weight"} <= report.kept.keys()
+
+
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize(
     ("kind", "shape", "left"),

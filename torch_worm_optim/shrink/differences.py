@@ -48,8 +48,10 @@ def first_difference(
             continue
         previous: dict[Place, str] = {(("after", number - 1),): found.steps[number - 1].operator}
         at = [(place, name) for n_before, place, name in found.places if n_before == number]
-        # What it is given comes from the step before, through operators that arrange it.
-        first = dict(at[-1:] if is_given else at[:-1]) or previous
+        # What it is given comes from the step before, through operators that arrange it. What it
+        # allocates itself, as a BatchNorm does, is in its own place.
+        own = dict(at[-1:])
+        first = (own if is_given else {k: v for k, v in at[:-1] if k not in own}) or previous
         message = (
             f"a forward computes otherwise once it is cut: operator {number} should be {tuple(a)} "
             f"and is {tuple(b)}"
