@@ -315,15 +315,61 @@ def momentum(parameters):
     return SGD(parameters, lr=0.05, momentum=0.9)
 
 
+class SlowList(Slow):
+    """The same with its own weights made when it is built, in lists, one for each group."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.weights = [[p.detach().clone() for p in g["params"]] for g in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """The inner one's, and half of it back."""
+        self.take_step()
+        for group, weights in zip(self.param_groups, self.weights, strict=True):
+            for parameter, slow in zip(group["params"], weights, strict=True):
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+class SlowDict(SlowList):
+    """The same with its own weights by parameter."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        [group], [weights] = self.param_groups, self.weights
+        self.weights = dict(zip(group["params"], weights, strict=True))
+
+    def step(self, closure=None):
+        """The inner one's, and half of it back."""
+        with torch.no_grad():
+            self.take_step()
+            for parameter, slow in self.weights.items():
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+class Flat(SlowList):
+    """One that keeps all parameters in one row, which nobody can take apart."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.weights = torch.cat([slow.flatten() for slow in self.weights[0]])
+
+    def step(self, closure=None):
+        """The inner one's alone."""
+        self.take_step()
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda parameters: SlowList(momentum(parameters)),
+        lambda parameters: SlowDict(momentum(parameters)),
         lambda parameters: Slow(momentum(parameters)),
         lambda parameters: Slow(momentum(parameters), share=True),
         lambda parameters: Slow(momentum(parameters), lambda inner: [inner]),
         lambda parameters: Slow(Slow(momentum(parameters)), lambda inner: {"of": {"all": inner}}),
     ],
-    ids=["attribute", "one state", "list", "two deep"],
+    ids=["slow list", "slow dict", "attribute", "one state", "list", "two deep"],
 )
 def test_optimizers_inside_of_others_are_cut_along(make):
     """Whatever holds them."""
@@ -475,6 +521,16 @@ def test_an_optimizer_that_cannot_start_afresh_is_refused():
     model, opt = pruned(lambda parameters: SaRA(parameters, *(lambda m: m,) * 2))
     before = everything(model, opt)
     with pytest.raises(RuntimeError, match="SaRA can neither be cut nor start afresh"):
+        opt.shrink(one_image())
+    assert_equal(everything(model, opt), before)
+    assert shrink_(model, one_image()).kept
+
+
+def test_an_optimizer_that_keeps_all_in_one_row_is_refused():
+    """It would crash at the next step; nothing is changed."""
+    model, opt = pruned(lambda parameters: Flat(momentum(parameters)))
+    before = everything(model, opt)
+    with pytest.raises(RuntimeError, match="Flat keeps tensors of its parameters' sizes"):
         opt.shrink(one_image())
     assert_equal(everything(model, opt), before)
     assert shrink_(model, one_image()).kept

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from torch_worm_optim._checks import warn_user
 from torch_worm_optim.shrink.cut import Cut, cut_tensor, named_tensors
@@ -50,6 +50,7 @@ def cut_state_(cut: Cut, given: Sequence[Optimizer]) -> None:
     gradients = {p: _cut(p.grad, name, cut) for p, name in names.items() if p.grad is not None}
     # Some optimizers keep what they compute as an attribute of the parameter.
     changes: list[_Change] = [(vars(p), _smaller(vars(p), name, cut)) for p, name in names.items()]
+    changes += [change for each in optimizers for change in _attributes(each, names, cut)]
     afresh: dict[str, str] = {}
     for state in {id(each.state): each.state for each in optimizers}.values():
         sharing = [each for each in optimizers if each.state is state]
@@ -148,6 +149,34 @@ def _changes(
     if lost:
         changes.append((state, {k: v for k, v in state.items() if k not in lost}))
     return changes, [name for group in lost.values() for name in group]
+
+
+def _attributes(each: Optimizer, names: Mapping[Tensor, str], cut: Cut) -> list[_Change]:
+    """What an optimizer keeps beside its state, such as slow weights in a list, cut alike."""
+    trained = list(_parameters([each]))
+    before = [cut.before[names[p]].shape if p in names else p.shape for p in trained]
+    shapes = {shape for p, shape in zip(trained, before, strict=True) if p in names}
+    total = sum(shape.numel() for shape in before)
+    smaller: dict[str, Any] = {}
+    for key, value in vars(each).items():
+        leaves, spec = tree_flatten(value)
+        own = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf not in names]
+        if key in ("state", "param_groups") or not any(
+            leaf.shape in shapes or leaf.numel() == total > 1 for leaf in own
+        ):
+            continue
+        if [getattr(leaf, "shape", None) for leaf in leaves] != before:
+            raise RuntimeError(
+                f"{type(each).__name__} keeps tensors of its parameters' sizes in its attribute "
+                f"{key!r}, and nobody can tell which are whose. Shrink with "
+                "`shrink_(model, batch)`, and build optimizers anew."
+            )
+        parts = [
+            _cut(a, names[p], cut) if p in names else a
+            for a, p in zip(leaves, trained, strict=True)
+        ]
+        smaller[key] = tree_unflatten(parts, spec)
+    return [(vars(each), {**vars(each), **smaller})] if smaller else []
 
 
 def _can_be_cut(entry: Any, name: str, cut: Cut, preconditions: bool) -> bool:
