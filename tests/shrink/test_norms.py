@@ -341,6 +341,21 @@ def test_rows_with_weight_norm_go_and_columns_stay(norm):
     assert fresh[0].weight.shape == (3, 3, 3, 3)
 
 
+@pytest.mark.parametrize("norm", [*WEIGHT_NORMS, *SPECTRAL_NORMS])
+def test_zero_rows_of_normed_layers_count_as_zero(norm):
+    """The last layer is normed over its columns, so the report says that rows before it stay."""
+    torch.manual_seed(0)
+    first, last = norm(nn.Conv2d(3, 6, 3)), norm(nn.Conv2d(6, 2, 3))
+    model = nn.Sequential(first, nn.ReLU(), last).double()
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            if not name.endswith(("weight_v", "original1")):
+                parameter[:2] = 0
+    with pytest.warns(UserWarning, match="2 zero channels stay: (weight|spectral) norm"):
+        report = shrink_(model, *IMAGES)
+    assert report.channels == (2, 2)
+
+
 @pytest.mark.parametrize("norm", WEIGHT_NORMS)
 def test_rows_of_weight_norm_are_selected_by_their_lengths(norm):
     """A length of zero is a row of zeros, and the bias follows."""

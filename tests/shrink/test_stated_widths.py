@@ -128,7 +128,7 @@ class PointNet(nn.Module):
 
 
 class Generator(nn.Module):
-    """A row that becomes an image of a known width, and norms that one line calls, the first too."""
+    """A row that becomes an image of a known width, and norms that one line calls."""
 
     def __init__(self) -> None:
         super().__init__()

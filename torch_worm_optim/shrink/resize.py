@@ -67,6 +67,15 @@ def _weight_of(module: Any) -> Any:
     return next((each for each in found if each is not None), None)
 
 
+def rows_of(module: Any) -> Any:
+    """What tells which rows of a layer's weight are zero: the weight, or a norm's scale of them."""
+    if is_parametrized(module, "weight"):
+        makers = module.parametrizations.weight
+        return None if states_its_size(makers) else next(makers.parameters(recurse=False))
+    found = (module._parameters.get(key) for key in ("weight", "weight_orig", "weight_g"))
+    return next((each for each in found if each is not None), None)
+
+
 class Sizes:
     """What the modules of a model say of the sizes that their parameters have now."""
 

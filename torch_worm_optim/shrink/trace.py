@@ -40,7 +40,7 @@ from torch_worm_optim.shrink.labels import (
 )
 from torch_worm_optim.shrink.operators import FACTORIES, VARYING, VIEWS, ZEROS, rule_of
 from torch_worm_optim.shrink.passes import Pass, Step, computes, watched
-from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
+from torch_worm_optim.shrink.resize import is_conv1d, rows_of, states_its_size
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,8 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
         logger.debug("The rule for %s failed; what it touches stays.", func, exc_info=True)
         is_known = False
     if not is_known:
-        why = f"unknown operator {func.overloadpacket}"
+        kind = "unknown operator" if rule is None else "a form that is not known of"
+        why = f"{kind} {func.overloadpacket}"
         for tensor in outputs:
             known.label(tensor, [known.new(size) for size in tensor.shape])
         for tensor in (*inputs, *outputs):
@@ -196,16 +197,21 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
 def _zero_channels(known: LabelMap, model: nn.Module) -> dict[str, Zeros]:
     """The zero channels of layers, by the name of the scale or matrix."""
     names, zeros = {id(tensor): name for name, tensor in model.named_parameters()}, {}
-    for module in model.modules():
-        prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        is_attention = isinstance(module, nn.MultiheadAttention)
         dim = int(is_conv1d(module) or isinstance(module, _ConvTransposeNd))
-        if not (prefix or is_conv1d(module) or isinstance(module, (nn.Linear, _ConvNd, _NormBase))):
+        is_layer = is_conv1d(module) or isinstance(module, (nn.Linear, _ConvNd, _NormBase))
+        if not (is_attention or is_layer):
             continue
-        rows, shift = (getattr(module, f"{prefix}{name}") for name in ("weight", "bias"))
+        rows = module.in_proj_weight if is_attention else rows_of(module)
+        shift = module.in_proj_bias if is_attention else module.bias
         is_norm = isinstance(module, _NormBase)
         # Rows of a grouped transposed convolution are of each of its groups.
         is_grouped = dim and getattr(module, "groups", 1) > 1
-        if id(rows) not in names or (is_norm and shift is None) or is_grouped:
+        # A weight norm over all of a matrix has one scale, of no row.
+        is_of_rows = id(rows) in names and rows.dim() > dim
+        if not is_of_rows or (is_norm and shift is None) or is_grouped:
             continue
         zero = known.zeros_along(rows, dim)
         if shift is not None:
