@@ -87,7 +87,7 @@ class LabelMap:
         """Give a tensor its labels, and the indices of a dimension that are zero."""
         info = self._infos.get(tensor)
         if info is None:
-            info = self._infos[tensor] = Info([], _memory_of(tensor))
+            info = self._infos[tensor] = Info([], memory_of(tensor))
         info.labels = list(labels)
         info.strides = tensor.stride() if tensor.layout == torch.strided else ()
         info.zeros = zeros if zeros is not None and zeros[1].any() else None
@@ -190,7 +190,7 @@ class LabelMap:
             self.losses.append((labels, why))
 
 
-def _memory_of(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """What tells tensors that share memory; a sparse one shares none that is known."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from torch_worm_optim.shrink.labels import tensors_in
+from torch_worm_optim.shrink.labels import memory_of, tensors_in
 from torch_worm_optim.shrink.operators import FACTORIES, VIEWS
 from torch_worm_optim.shrink.resize import widths_of_inputs
 
@@ -97,33 +97,62 @@ def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) or (is_of_torch and has_own)
 
 
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies tensors before an operator writes to their memory."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.untouched: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            self.untouched.setdefault(memory_of(tensor), []).append(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Copy what is written to, and run the operator."""
+        for tensor in written(func, args, kwargs or {}):
+            touched = self.untouched.pop(memory_of(tensor), [])
+            self.copies += [(each, each.clone()) for each in touched]
+        return func(*args, **kwargs or {})
+
+
 @contextlib.contextmanager
 def _all_put_back(model: nn.Module) -> Iterator[None]:
     """Put back what a pass writes to: tensors, as statistics are, numbers, and generators."""
-    tensors = [
-        (each, each.data, each.clone())
-        for each in (*model.parameters(), *model.buffers())
-        if type(each) in (Tensor, nn.Parameter)
-    ]
+    parameters = [each for each in model.parameters() if type(each) is nn.Parameter]
+    # Operators do not say that they write statistics.
+    buffers = [(each, each.clone()) for each in model.buffers() if type(each) is Tensor]
+    data = [(each, each.data) for each in parameters]
     holders: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in (m for m in model.modules() if not isinstance(m, ScriptModule)):
         own = vars(module)
         holders.append((own, {k: v for k, v in own.items() if type(v) in (int, float, bool)}))
         holders.append((module._buffers, dict(module._buffers)))
     states = random.getstate(), np.random.get_state()
+    copies = _Copies(parameters)
     try:
-        yield
+        with copies:
+            yield
     finally:
         random.setstate(states[0]), np.random.set_state(states[1])
         for holder, content in holders:
             holder.update(content)
         with torch.no_grad():
-            for tensor, data, values in tensors:
-                is_strided = tensor.layout == torch.strided
-                if is_strided and tensor.data_ptr() != data.data_ptr():
-                    tensor.data = data
-                if not (is_strided and torch.equal(tensor, values)):
+            for parameter, memory in data:
+                if parameter.data_ptr() != memory.data_ptr():
+                    parameter.data = memory
+            for tensor, values in (*buffers, *copies.copies):
+                if tensor.layout != torch.strided or not torch.equal(tensor, values):
                     tensor.copy_(values)
+
+
+def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes into."""
+    arguments = func._schema.arguments
+    given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
+    written = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
+    return tensors_in([given.get(name) for name in written])
 
 
 def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:

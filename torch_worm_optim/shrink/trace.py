@@ -17,7 +17,7 @@ import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from torch_worm_optim.shrink.labels import (
     tensors_of,
 )
 from torch_worm_optim.shrink.operators import FACTORIES, VARYING, VIEWS, ZEROS, rule_of
-from torch_worm_optim.shrink.passes import Pass, Step, computes, watched
+from torch_worm_optim.shrink.passes import Pass, Step, computes, watched, written
 from torch_worm_optim.shrink.resize import is_conv1d, rows_of, states_its_size
 
 logger = logging.getLogger(__name__)
@@ -179,19 +179,11 @@ def _label(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> None
             known.label(tensor, [known.new(size) for size in tensor.shape])
         for tensor in (*inputs, *outputs):
             known.pin_all(tensor, why)
-    for tensor in _written(func, args, kwargs):
+    for tensor in written(func, args, kwargs):
         known.invalidate(tensor, depends_on_input=constant_of is None)
     if constant_of is not None and func.overloadpacket not in VARYING:
         for tensor in outputs:
             known.info(tensor).constant_of = constant_of
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that an operator writes into."""
-    arguments = func._schema.arguments
-    given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
-    written = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
-    return tensors_in([given.get(name) for name in written])
 
 
 def _zero_channels(known: LabelMap, model: nn.Module) -> dict[str, Zeros]:
