@@ -34,6 +34,8 @@ class Refused(nn.Module):
         if self.kind == "random":
             x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed()))
         y = self.out(x)
+        if self.kind == "nan":
+            y = y * float("nan")
         return Refused if self.kind == "no tensors" else y
 
     def seed(self) -> int:
@@ -46,6 +48,7 @@ class Refused(nn.Module):
     ("kind", "error", "message"),
     [
         ("random", RuntimeError, "returns other outputs when it is called again"),
+        ("nan", RuntimeError, "Refused returns NaN for this batch"),
         ("no tensors", TypeError, "Refused returns no tensor"),
         (
             "batch",

@@ -157,6 +157,45 @@ def test_norms_that_one_line_calls_are_not_what_states_a_width():
     assert {"norms.2.weight", "norms.5.weight"} <= report.kept.keys()
 
 
+class Norm(nn.BatchNorm2d):
+    """A BatchNorm with a forward of its own, as many libraries have: all are called in one line."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, and rectify."""
+        return F.relu(super().forward(x))
+
+
+class Mixes(nn.Module):
+    """Gives as many channels as it is given, of which it makes others; it says so in a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Conv2d(8, 8, 1), Norm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix channels, place by place."""
+        b, c, h, w = x.shape
+        mixed = self.mix(x).flatten(2)
+        return self.norm((mixed * mixed.softmax(1)).reshape(b, c, h, w))
+
+
+def test_a_forward_that_returns_the_width_of_its_input_stays_and_no_more():
+    """Its input has to stay, though the operator that states the width does not touch it."""
+    torch.manual_seed(0)
+    ends = nn.Conv2d(3, 8, 3), Norm(8), Mixes(), nn.Conv2d(8, 8, 3), Norm(8), nn.Conv2d(8, 3, 1)
+    model = nn.Sequential(*ends[:2], nn.Conv2d(8, 8, 1), Norm(8), *ends[2:]).double()
+    zero_channels(model)
+    batch = (torch.randn(4, 3, 8, 8, dtype=torch.double),)
+    expected = [outputs(model, batch, training) for training in (False, True)]
+
+    report = shrink_(model, *batch)
+
+    found = [outputs(model, batch, training) for training in (False, True)]
+    torch.testing.assert_close(found, expected)
+    assert {"1.weight", "6.weight"} <= report.kept.keys()
+    assert "states a width" in report.left["3.weight"]
+
+
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize(
     ("kind", "shape", "left"),

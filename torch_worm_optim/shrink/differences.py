@@ -51,13 +51,21 @@ def first_difference(
         # What it is given comes from the step before, through operators that arrange it. What it
         # allocates itself, as a BatchNorm does, is in its own place.
         own = dict(at[-1:])
-        first = (own if is_given else {k: v for k, v in at[:-1] if k not in own}) or previous
+        before = {place: name for place, name in at[:-1] if place not in own}
+        first = (own if is_given else before) or previous
         message = (
             f"a forward computes otherwise once it is cut: operator {number} should be {tuple(a)} "
             f"and is {tuple(b)}"
         )
-        return message, [first, previous | {(("at", number),): a.operator}]
+        near = {**before, **previous, (("at", number),): a.operator}
+        return message, [first, near, _forwards_of(found, first)]
     return "", []
+
+
+def _forwards_of(found: Trace, places: Mapping[Place, str]) -> dict[Place, str]:
+    """All that the forwards do which places are in, such as to reshape to the width of an input."""
+    around = {place[-1] for place in places}
+    return {place: name for _, place, name in found.places if place[-1] in around}
 
 
 def first_other_value(before: Sequence[float], after: Sequence[float], rounding: float) -> int:

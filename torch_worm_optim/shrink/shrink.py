@@ -226,6 +226,12 @@ def _warn(report: ShrinkReport, model: nn.Module) -> None:
 
 def _refuse(model: nn.Module, expected: Run, run: Any, problem: Exception) -> NoReturn:
     """Raise for a network of which nothing can be cut."""
+    if any(each.isnan().any() for each in expected.outputs):
+        raise RuntimeError(
+            f"{type(model).__name__} returns NaN for this batch, so nobody can tell whether "
+            "shrinking changes what it computes. Load weights of before training diverged, or pass "
+            "a batch that gives numbers."
+        )
     again = run([]).outputs
     if largest_difference(expected.outputs, again) > tolerance(again):
         raise RuntimeError(

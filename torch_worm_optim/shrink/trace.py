@@ -44,9 +44,9 @@ from torch_worm_optim.shrink.resize import is_conv1d, rows_of, states_its_size
 
 logger = logging.getLogger(__name__)
 
-# Lines of code from where an operator is called up to the `forward` that it stands in, so that what
-# one line does in each of many layers is one place. Or "at" or "after" the number of a step, for
-# all that it touches or for its results.
+# Lines of code from where an operator is called up to the `forward` that it stands in, and where
+# that begins, so that what one line does in each of many layers is one place. Or "at" or "after"
+# the number of a step, for all that it touches or for its results.
 Place = tuple[tuple[str, int], ...]
 _PACKAGE, _TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
 
@@ -146,6 +146,7 @@ def _place() -> Place:
         if not file.startswith(_PACKAGE):
             lines.append((file, frame.f_lineno))
             if frame.f_code.co_name == "forward" and not file.startswith(_TORCH):
+                lines.append((file, frame.f_code.co_firstlineno))
                 break
     return tuple(lines)
 
