@@ -510,7 +510,7 @@ def test_filters_that_are_standardised_keep_their_columns(kernel_size):
 
     small, report = check_shrinks(model, IMAGES, n_left=3)
 
-    assert report.left == {"1.weight": "normalised over: 3"}
+    assert report.left == {"1.weight": "normalised over, in `native_batch_norm`: 3"}
     assert (small[3].in_channels, small[3].out_channels) == (6, 4)
 
 

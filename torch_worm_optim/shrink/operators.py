@@ -170,7 +170,7 @@ def _convolution(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Tensor
     if is_depthwise and not is_expanded and not known.saved.issuperset(constant_of or ()):
         return False
     for labels in (*of_x[2:], *of_weight[2:]):
-        known.pin(labels, "spatial")
+        known.pin(labels, f"spatial, in `{known.operator}`")
     zero_in = known.zeros_along(x, 1)
     if groups == 1:
         known.join(of_x[1], of_weight[in_dim])
@@ -251,7 +251,7 @@ def _batch_norm(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) ->
         if isinstance(tensor, Tensor):
             known.join(channels, known.labels_of(tensor)[0])
     for normalised in (labels[0], *labels[2:]):
-        known.pin(normalised, "normalised over")
+        known.pin(normalised, f"normalised over, in `{known.operator}`")
     # Without running statistics a channel of zeros has a mean of zero.
     has_statistics = any(isinstance(each, Tensor) for each in statistics)
     zero = known.known_zeros(x, 1) & (not has_statistics)
@@ -315,6 +315,7 @@ def _mixed(known: LabelMap, func: Any, args: Any, kwargs: Any, out: Any) -> bool
     """Indices of some dimensions depend on one another, those of the others do not."""
     x, results, given = args[0], tensors_in(out), _given(func, args, kwargs)
     reason, mixing = _MIXING[func.overloadpacket]
+    reason = f"{reason}, in `{known.operator}`"
     dims, keeps_zeros = mixing(func, given)
     mixed = {d % x.dim() for d in (range(x.dim()) if dims is None else dims)}
     labels, zeros = known.labels_of(x), known.info(x).zeros
