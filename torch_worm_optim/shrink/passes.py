@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from torch_worm_optim.shrink.labels import memory_of, tensors_in
@@ -41,6 +42,7 @@ class Step(NamedTuple):
     inputs: tuple[Any, ...]
     views: tuple[Any, ...] = ()  # that were made since the step before
     results: tuple[Any, ...] | None = None  # None if it raised
+    numbers: tuple[Any, ...] = ()  # what it is given beside tensors
 
 
 class Run(NamedTuple):
@@ -49,7 +51,7 @@ class Run(NamedTuple):
     outputs: list[Any]  # of those in which nothing is random
     steps: list[Step]
     n_flops: int  # of the first
-    used: set[int]  # ids of all tensors that an operator was given
+    used: set[int]  # ids of the parameters that an operator was given
     n_certain: int  # steps before the first whose results are as large as values tell
     is_fragile: bool  # whether rounding may change more than the last digits, as where values rank
 
@@ -159,6 +161,7 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
     """Take note of what operators are given and return, and count multiplications."""
     flops: list[int] = []
     used: set[int] = set()
+    parameters = {id(each) for each in model.parameters()}
     n_certain: list[int] = []
     ranking: list[str] = []
     views: list[tuple[int, ...]] = []
@@ -166,12 +169,14 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
 
     def take_note(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
         inputs = tensors_in((args, kwargs))
-        used.update(map(id, inputs))
+        used.update(parameters.intersection(map(id, inputs)))
         if torch.Tag.nondeterministic_seeded in func.tags:
             random_steps.append(func.overloadpacket.__name__)
         is_step = computes(func) and bool(inputs)
         if is_step:
-            steps.append(Step(func.overloadpacket.__name__, _shapes(inputs), tuple(views)))
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
+            name = func.overloadpacket.__name__
+            steps.append(Step(name, _shapes(inputs), tuple(views), numbers=tuple(given)))
             views.clear()
 
         def finish(out: Any) -> None:

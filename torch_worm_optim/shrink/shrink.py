@@ -372,12 +372,13 @@ def _runner(
     model: nn.Module, passes: list[Pass]
 ) -> tuple[list[Pass], Callable[[list[Step]], Run], Run]:
     """The passes to watch, what runs them in a precision that shows differences, and a run."""
-    in_training = [*passes, *(each._replace(training=True) for each in passes)]
-    try:
-        first = record(model, in_training, [])
-        passes = in_training
-    except Exception:  # a model that needs labels in training, if the batch is right
-        first = _evaluated(model, passes)
+    first = _evaluated(model, passes)
+    in_training = [each._replace(training=True) for each in passes]
+    with contextlib.suppress(Exception):  # a model that needs labels in training
+        again = record(model, in_training, [])
+        if (again.steps, again.used) != (first.steps, first.used):
+            passes = [*passes, *in_training]
+            first = record(model, passes, [])
     device = next((p.device.type for p in model.parameters()), "cpu")
     is_half = any(p.dtype in _HALF for p in model.parameters())
     dtype = None
