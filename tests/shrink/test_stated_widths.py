@@ -66,6 +66,9 @@ STATED: dict[str, Callable[[Stated, Tensor], Tensor]] = {
     "uneven split": split_unevenly,
     "equal split": split_by_attribute,
     "root of the width": lambda self, x: x / x.shape[1] ** 0.5,
+    "sum over the width that only some images show": lambda self, x: (
+        x + (x.sum(1, True) / x.shape[1] - 40).relu()
+    ),
     "tensor of its own": lambda self, x: x * self.weights[:, None, None],
     "slice of it": lambda self, x: x * self.weights[: x.shape[1], None, None],
 }

@@ -39,6 +39,7 @@ class Step(NamedTuple):
     """An operator that computes, and the shapes of what it is given and returns."""
 
     operator: str
+    numbers: tuple[float, ...]  # that a function of entries is given
     inputs: tuple[Any, ...]
     views: tuple[Any, ...] = ()  # that were made since the step before
     results: tuple[Any, ...] | None = None  # None if it raised
@@ -174,9 +175,8 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
             random_steps.append(func.overloadpacket.__name__)
         is_step = computes(func) and bool(inputs)
         if is_step:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
-            name = func.overloadpacket.__name__
-            steps.append(Step(name, _shapes(inputs), tuple(views), numbers=tuple(given)))
+            name, numbers = func.overloadpacket.__name__, numbers_in(func, (args, kwargs))
+            steps.append(Step(name, numbers, _shapes(inputs), tuple(views)))
             views.clear()
 
         def finish(out: Any) -> None:
@@ -203,6 +203,12 @@ def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
             random_steps.clear()
     n_before = min(n_certain, default=len(steps))
     return Run(outputs, steps, n_flops, used, n_before, bool(n_certain or ranking))
+
+
+def numbers_in(func: Any, given: Any) -> tuple[float, ...]:
+    """The numbers that a function of entries is given, which no size of a tensor should change."""
+    is_pointwise = torch.Tag.pointwise in func.tags
+    return tuple(x for x in tree_leaves(given) if is_pointwise and type(x) in (int, float))
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

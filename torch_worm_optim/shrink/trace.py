@@ -39,7 +39,7 @@ from torch_worm_optim.shrink.labels import (
     tensors_of,
 )
 from torch_worm_optim.shrink.operators import FACTORIES, VARYING, VIEWS, ZEROS, rule_of
-from torch_worm_optim.shrink.passes import Pass, Step, computes, watched, written
+from torch_worm_optim.shrink.passes import Pass, Step, computes, numbers_in, watched, written
 from torch_worm_optim.shrink.resize import is_conv1d, rows_of, states_its_size
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
                         known.pin_all(tensor, f"the forward states a width, `{limits.stay[where]}`")
             if is_step:
                 results = tuple(map(known.known_labels, tensors_in(out)))
-                steps.append(Step(known.operator, inputs, tuple(views), results))
+                numbers = numbers_in(func, (args, kwargs))
+                steps.append(Step(known.operator, numbers, inputs, tuple(views), results))
                 views.clear()
             elif func.overloadpacket in VIEWS:
                 views.append(known.told_labels(out))
@@ -298,7 +299,7 @@ def _result(known: LabelMap, model: nn.Module, steps: list[Step], places: Any) -
         )
 
     of_results = [step.results or () for step in steps]
-    steps = [Step(name, *(shapes(each or ()) for each in told)) for name, *told in steps]
+    steps = [Step(*each[:2], *(shapes(told or ()) for told in each[2:])) for each in steps]
     kept, left = {}, {}
     for name, tensor in known.named.items():
         info = known.info(tensor)
