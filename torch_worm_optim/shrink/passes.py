@@ -43,7 +43,6 @@ class Step(NamedTuple):
     inputs: tuple[Any, ...]
     views: tuple[Any, ...] = ()  # that were made since the step before
     results: tuple[Any, ...] | None = None  # None if it raised
-    numbers: tuple[Any, ...] = ()  # what it is given beside tensors
 
 
 class Run(NamedTuple):
