@@ -322,3 +322,12 @@ def test_it_says_what_it_wants(around, error, message):
     model = nn.Linear(2, 2)
     with pytest.raises(error, match=message):
         load_shrunk_(model, around(model))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_that_a_wrapper_made_are_told(prefix):
+    """With what takes them off."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    wrapped = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"what a wrapper adds, such as '{prefix}0.bias'.*consume"):
+        load_shrunk_(model, wrapped)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from torch_worm_optim.distributed import canonical_name
 from torch_worm_optim.shrink.cut import Cut
 from torch_worm_optim.shrink.resize import is_conv1d, states_its_size
 from torch_worm_optim.shrink.scatter import SCATTER, WIDTH
@@ -77,6 +78,12 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             unknown -= extra
     another = f"The state_dict is of another network than {type(model).__name__}: "
     built = "Build the network as it was built before it was shrunk."
+    if {canonical_name(key) for key in state_dict} == own.keys() != state_dict.keys():
+        raise ValueError(
+            f"The names of the state_dict have what a wrapper adds, such as {min(unknown)!r}. Save "
+            "`model.module.state_dict()`, or take it off with torch.nn.modules.utils."
+            'consume_prefix_in_state_dict_if_present(state_dict, "module.").'
+        )
     if unknown:
         raise ValueError(f"{another}only one of them has {min(unknown)!r}. {built}")
     for key in own:
