@@ -329,5 +329,5 @@ def test_names_that_a_wrapper_made_are_told(prefix):
     """With what takes them off."""
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     wrapped = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"what a wrapper adds, such as '{prefix}0.bias'.*consume"):
+    with pytest.raises(ValueError, match=f"a wrapper adds, such as '{prefix}0.weight'.*consume"):
         load_shrunk_(model, wrapped)

@@ -78,11 +78,12 @@ def load_shrunk_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             unknown -= extra
     another = f"The state_dict is of another network than {type(model).__name__}: "
     built = "Build the network as it was built before it was shrunk."
+    wrapped = next((key for key in state_dict if canonical_name(key) != key), "")
     if {canonical_name(key) for key in state_dict} == own.keys() != state_dict.keys():
         raise ValueError(
-            f"The names of the state_dict have what a wrapper adds, such as {min(unknown)!r}. Save "
-            "`model.module.state_dict()`, or take it off with torch.nn.modules.utils."
-            'consume_prefix_in_state_dict_if_present(state_dict, "module.").'
+            f"The names of the state_dict have what a wrapper adds, such as {wrapped!r}. Save the "
+            "state_dict() of the model inside it, or take the prefix off with "
+            "torch.nn.modules.utils.consume_prefix_in_state_dict_if_present."
         )
     if unknown:
         raise ValueError(f"{another}only one of them has {min(unknown)!r}. {built}")
