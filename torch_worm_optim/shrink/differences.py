@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_worm_optim.shrink.labels import tensors_in
 from torch_worm_optim.shrink.passes import Pass, Run, Step, computes, watched
-from torch_worm_optim.shrink.trace import Place, Trace
+from torch_worm_optim.shrink.trace import Place, Trace, place_of
 
 
 class ComputesOtherwiseError(RuntimeError):
@@ -64,6 +67,18 @@ def first_difference(
         near = {**before, **previous, (("at", number),): a.operator}
         return message, [first, near, _forwards_of(found, first)]
     return "", []
+
+
+def failed_at(found: Trace, error: Exception) -> list[dict[Place, str]]:
+    """Where a forward raised, if it calls an operator there."""
+    frames = list(itertools.takewhile(_is_outside, walk_tb(error.__traceback__)))
+    place, names = place_of(reversed(frames)), {place: name for _, place, name in found.places}
+    return [{place: names[place]}] if place in names else []
+
+
+def _is_outside(at: tuple[FrameType, int]) -> bool:
+    """Whether a frame is not inside of an operator that is watched."""
+    return at[0].f_code.co_name != "__torch_dispatch__"
 
 
 def _forwards_of(found: Trace, places: Mapping[Place, str]) -> dict[Place, str]:

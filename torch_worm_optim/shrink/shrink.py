@@ -28,6 +28,7 @@ from torch_worm_optim.shrink.differences import (
     ComputesOtherwiseError,
     check_steps,
     difference_of,
+    failed_at,
     first_difference,
     first_other_value,
     largest_difference,
@@ -264,7 +265,10 @@ def _cut_all(
     try:
         result = run(steps)
     except Exception as error:
-        _, to_keep = first_difference(found, steps)
+        # Where an operator that computes raises, what it was given may be wrong before.
+        is_step = bool(steps) and steps[-1].results is None
+        to_keep = [] if is_step else failed_at(found, error)
+        to_keep += first_difference(found, steps)[1]
         raise ComputesOtherwiseError(f"{type(error).__name__}: {error}", to_keep) from error
     check_steps(found, result)
     if message := difference_of(expected, result):

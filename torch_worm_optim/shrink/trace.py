@@ -17,8 +17,10 @@ import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +50,9 @@ logger = logging.getLogger(__name__)
 # that begins, so that what one line does in each of many layers is one place. Or "at" or "after"
 # the number of a step, for all that it touches or for its results.
 Place = tuple[tuple[str, int], ...]
-_PACKAGE, _TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
+_TORCH = str(Path(torch.__file__).parent)
+# What torch calls between an operator and those who watch it.
+_BETWEEN = (str(Path(__file__).parent), str(Path(_TORCH, "_compile.py")))
 
 
 class Trace(NamedTuple):
@@ -77,7 +81,8 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
     views: list[Any] = []
 
     def watch(func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
-        place, known.operator = _place(), func.overloadpacket.__name__
+        place = place_of(walk_stack(sys._getframe()))
+        known.operator = func.overloadpacket.__name__
         tensors = tensors_in((args, kwargs))
         # Of parameters it is known what shape they will have, and what arranges one is no cause.
         inputs = tuple(
@@ -138,17 +143,17 @@ def _scripts_pinned(known: LabelMap, model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _place() -> Place:
-    """Lines of code from an operator that is called up to the `forward` that it stands in."""
-    frame, lines = sys._getframe(1), []
-    while frame.f_back is not None:
-        frame = frame.f_back
-        file = frame.f_code.co_filename
-        if not file.startswith(_PACKAGE):
-            lines.append((file, frame.f_lineno))
-            if frame.f_code.co_name == "forward" and not file.startswith(_TORCH):
-                lines.append((file, frame.f_code.co_firstlineno))
-                break
+def place_of(frames: Iterable[tuple[FrameType, int]]) -> Place:
+    """The place that frames are at, from the innermost on."""
+    lines: list[tuple[str, int]] = []
+    for frame, line in frames:
+        code = frame.f_code
+        if code.co_filename.startswith(_BETWEEN):
+            continue
+        lines.append((code.co_filename, line))
+        if code.co_name == "forward" and not code.co_filename.startswith(_TORCH):
+            lines.append((code.co_filename, code.co_firstlineno))
+            break
     return tuple(lines)
 
 
