@@ -31,9 +31,11 @@ def warn_once(warned: set[str], topic: str, message: str) -> None:
         warn_user(message)
 
 
-def check_share(name: str, value: Any, *, below_one: bool = False) -> float:
-    """A share in [0, 1], or in [0, 1) when ``below_one``."""
-    interval = "[0, 1)" if below_one else "[0, 1]"
+def check_share(
+    name: str, value: Any, *, below_one: bool = False, above_zero: bool = False
+) -> float:
+    """A share in [0, 1], without 1 when ``below_one`` and without 0 when ``above_zero``."""
+    interval = f"{'(' if above_zero else '['}0, 1{')' if below_one else ']'}"
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(
             f"`{name}` must be a number in {interval}, got {value!r} of type "
@@ -41,7 +43,7 @@ def check_share(name: str, value: Any, *, below_one: bool = False) -> float:
         )
     share = float(value)
     # Written so that NaN fails it.
-    if not (0 <= share < 1 or (share == 1 and not below_one)):
+    if not 0 <= share <= 1 or (below_one and share == 1) or (above_zero and share == 0):
         raise ValueError(
             f"`{name}` must be in {interval}, got {value!r}. It is a share, not a percentage or "
             "a count."

@@ -25,7 +25,7 @@ from torch_worm_optim.report import KeptCount, description, narrow_layers, summa
 from torch_worm_optim.search import MaskSample, MaskSearch, Phase, SearchSettings
 from torch_worm_optim.selectors import Representative, Selector, default_selector, select
 from torch_worm_optim.shrink import ShrinkReport, shrink_
-from torch_worm_optim.ticket import Restraint, Ticket, warn_if_normalising
+from torch_worm_optim.ticket import Restraint, Ticket, is_normalising, warn_if_normalising
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,18 @@ class WormOptimizer(OptimizerWrapper):
             :meth:`sample` is called. The paper draws one mask per epoch (default: 200).
         scope (str, optional): ``"global"`` ranks all entries together, ``"layer"`` each
             representative alone, ``"selector"`` what each selector of a union ``a | b`` found
-            (default: ``"global"``).
+            (default: ``"layer"``).
         min_keep (int or float, optional): How many entries of each representative always survive,
             or, in (0, 1), which share of them; at least one then (default: 1).
         truncate (str, optional): ``"gradient"`` scales what the base optimizer sees, as the paper
             does; ``"update"`` scales what it does, which means the same under every optimizer
-            (default: ``"gradient"``).
+            (default: ``"update"`` where the base optimizer normalises gradients, as Adam does, else
+            ``"gradient"``).
         trigger (str, optional): ``"distance"`` truncates from the trigger point on; ``"always"``
             from the first mask on (default: ``"distance"``).
+        fade (float, optional): *f*, in (0, 1], what is left of a removed entry from one mask to the
+            next while truncating: it is multiplied by ``f ** (1 / n)`` after each of the *n* steps
+            between. 1 is the paper's algorithm. With ``truncation=1`` nothing fades (default: 0.1).
         ticket (dict, optional): :attr:`final_mask` of another run, applied now and held: the phase
             is ``PRUNED`` from the start, nothing is searched, and the selector only adds followers
             that the ticket lacks, such as the shifts of BatchNorm scales (default: None).
@@ -127,10 +131,11 @@ class WormOptimizer(OptimizerWrapper):
         window: int = 5,
         truncation: float = 3e-3,
         sample_every: int | Callable[[int], bool] | None = 200,
-        scope: str = "global",
+        scope: str = "layer",
         min_keep: int | float = 1,
-        truncate: str = "gradient",
+        truncate: str | None = None,
         trigger: str = "distance",
+        fade: float = 0.1,
         ticket: Mapping[str, Tensor] | None = None,
     ) -> None:
         first = base_optim if isinstance(base_optim, WormOptimizer) else None
@@ -138,6 +143,8 @@ class WormOptimizer(OptimizerWrapper):
         check_wrappable(base_optim, is_pruned)
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        searches = [] if first is None else first._searches()
+        plain = searches[-1].base_optim if searches else base_optim
         self._settings = SearchSettings(
             prune_ratio=prune_ratio,
             stopping_point=stopping_point,
@@ -147,8 +154,9 @@ class WormOptimizer(OptimizerWrapper):
             sample_every=sample_every,
             scope=scope,
             min_keep=min_keep,
-            truncate=truncate,
+            truncate=truncate or ("update" if is_normalising(plain) else "gradient"),
             trigger=trigger,
+            fade=fade,
         )
         reshard_(model)
         given = None if ticket is None else Ticket.given(model, ticket, selector)
@@ -162,7 +170,6 @@ class WormOptimizer(OptimizerWrapper):
             logger.info("%d representatives are frozen and left out", self._n_frozen)
         super().__init__(base_optim)
         names = [part.name for each in self._representatives for part in each.members]
-        plain = self._searches()[-1].base_optim
         self._binding = Binding(model, plain, given.masks if given else names)
         # Trainers copy the attributes of this object into proxies of this class. An attribute that
         # a method binds anew on a proxy changes the proxy alone, so whatever changes lives inside
@@ -221,7 +228,12 @@ class WormOptimizer(OptimizerWrapper):
         """What holds removed entries back in the present phase, if anything does."""
         state, settings = self._state, self._settings
         if state.phase is Phase.TRUNCATING and settings.truncation < 1:
-            shares = {settings.truncate: settings.truncation}
+            steps = [sample.step for sample in state.history[-2:]]
+            n = steps[-1] - (steps[0] if len(steps) > 1 else 0)  # between the two newest masks
+            shares = {
+                settings.truncate: settings.truncation,
+                "factor": settings.fade ** (1 / max(n, 1)),
+            }
         elif state.phase is Phase.PRUNED:
             shares = {"gradient": 0.0, "factor": 0.0}
         else:

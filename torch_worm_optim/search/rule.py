@@ -64,10 +64,11 @@ class SearchSettings:
     window: int = 5
     truncation: float = 3e-3
     sample_every: int | Callable[[int], bool] | None = 200
-    scope: str = "global"
+    scope: str = "layer"
     min_keep: int | float = 1
     truncate: str = "gradient"
     trigger: str = "distance"
+    fade: float = 0.1
 
     def __post_init__(self) -> None:
         """Check every argument."""
@@ -85,6 +86,7 @@ class SearchSettings:
             "min_keep": check_count_or_share("min_keep", self.min_keep),
             "truncate": check_choice("truncate", self.truncate, ("gradient", "update")),
             "trigger": check_choice("trigger", self.trigger, ("distance", "always")),
+            "fade": check_share("fade", self.fade, above_zero=True),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
