@@ -51,7 +51,10 @@ def small_cnn(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 SCALES = ("1.weight", "4.weight")
 SHIFTS = ("1.bias", "4.bias")
 
-SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2}
+PAPER = {"fade": 1, "scope": "global"}
+"""The algorithm as the papers word it: nothing fades, and all entries are ranked together."""
+
+SEARCH = {"sample_every": 3, "window": 4, "stopping_point": 0.06, "margin": 0.2, **PAPER}
 """A search that goes through all phases, and finds the small network's ticket in 60 steps."""
 
 

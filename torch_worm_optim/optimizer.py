@@ -23,7 +23,7 @@ from torch_worm_optim._wrapper import (
 from torch_worm_optim.distributed import reshard_
 from torch_worm_optim.report import KeptCount, description, narrow_layers, summary_text
 from torch_worm_optim.search import MaskSample, MaskSearch, Phase, SearchSettings
-from torch_worm_optim.selectors import Representative, Selector, default_selector, select
+from torch_worm_optim.selectors import Representative, Selector, select, warn_of_zeros
 from torch_worm_optim.shrink import ShrinkReport, shrink_
 from torch_worm_optim.ticket import Restraint, Ticket, is_normalising, warn_if_normalising
 
@@ -154,7 +154,9 @@ class WormOptimizer(OptimizerWrapper):
             sample_every=sample_every,
             scope=scope,
             min_keep=min_keep,
-            truncate=truncate or ("update" if is_normalising(plain) else "gradient"),
+            truncate=("update" if is_normalising(plain) else "gradient")
+            if truncate is None
+            else truncate,
             trigger=trigger,
             fade=fade,
         )
@@ -164,8 +166,10 @@ class WormOptimizer(OptimizerWrapper):
         self._n_frozen = 0
         if given is None:
             owned = (each for group in base_optim.param_groups for each in group["params"])
-            found = select(selector or default_selector, model, owned)
+            found = select(selector, model, owned)
             self._representatives, self._n_frozen = found
+            if first is None:  # Else the search inside has set to zero what is zero.
+                warn_of_zeros(self._representatives, model)
         if self._n_frozen:
             logger.info("%d representatives are frozen and left out", self._n_frozen)
         super().__init__(base_optim)
@@ -228,12 +232,10 @@ class WormOptimizer(OptimizerWrapper):
         """What holds removed entries back in the present phase, if anything does."""
         state, settings = self._state, self._settings
         if state.phase is Phase.TRUNCATING and settings.truncation < 1:
-            steps = [sample.step for sample in state.history[-2:]]
-            n = steps[-1] - (steps[0] if len(steps) > 1 else 0)  # between the two newest masks
-            shares = {
-                settings.truncate: settings.truncation,
-                "factor": settings.fade ** (1 / max(n, 1)),
-            }
+            *before, newest = [sample.step for sample in state.history[-2:]]
+            n = newest - sum(before)  # steps between the two newest masks
+            factor = settings.fade ** (1 / max(n, 1))
+            shares = {settings.truncate: settings.truncation, "factor": factor}
         elif state.phase is Phase.PRUNED:
             shares = {"gradient": 0.0, "factor": 0.0}
         else:
@@ -271,18 +273,26 @@ class WormOptimizer(OptimizerWrapper):
         sample = search.sample(state.step, state.phase, state.warned) if search else None
         if sample is None:  # There is a ticket already, or nothing has moved.
             return state.history[-1]
+        before = state.phase
         state.history.append(sample)
         state.restraint = None
         self._enter(sample.phase, f" (distances {sample.max_distance}, {sample.mean_distance})")
         if sample.phase.converged:
             self._take_ticket(Ticket.newest_of(search))
+        elif sample.phase is not before:
+            self._warn_if_narrow("The newest mask")
+        elif message := self._settings.never_ends(state.history):
+            warn_once(state.warned, "never ends", message)
         return sample
 
     def _take_ticket(self, ticket: Ticket) -> None:
-        """Keep a ticket, drop the search, and warn of representatives that it leaves little of."""
+        """Keep a ticket, and drop the search."""
         self._state.ticket, self._state.search = ticket, None
-        message = narrow_layers(ticket.counts, self._settings.prune_ratio)
-        if message:
+        self._warn_if_narrow("The ticket")
+
+    def _warn_if_narrow(self, what: str) -> None:
+        """Warn, once, of representatives that a mask leaves little of."""
+        if message := narrow_layers(self.kept_counts(), self._settings, what):
             warn_once(self._state.warned, "narrow", message)
 
     def _enter(self, phase: Phase, details: str = "") -> None:

@@ -13,7 +13,7 @@ from torch_worm_optim.selectors import Representative
 
 if TYPE_CHECKING:
     from torch_worm_optim.optimizer import WormOptimizer
-    from torch_worm_optim.search import Phase
+    from torch_worm_optim.search import Phase, SearchSettings
 
 # A representative that keeps a smaller share than this is a bottleneck that training rarely leaves.
 _NARROW = 0.1
@@ -55,9 +55,9 @@ def kept_counts_of(masks: Mapping[str, Tensor]) -> list[KeptCount]:
     ]
 
 
-def narrow_layers(counts: Sequence[KeptCount], prune_ratio: float) -> str:
-    """What to warn of where next to nothing is kept of a representative; empty if all keep more."""
-    least = min(_NARROW, (1 - prune_ratio) / 2)
+def narrow_layers(counts: Sequence[KeptCount], settings: SearchSettings, what: str) -> str:
+    """What to warn of where a mask keeps next to nothing of a representative; else empty."""
+    least = min(_NARROW, (1 - settings.prune_ratio) / 2)
     narrow = [
         f"{each.name!r} ({each.kept} of {each.numel})"
         for each in counts
@@ -65,12 +65,15 @@ def narrow_layers(counts: Sequence[KeptCount], prune_ratio: float) -> str:
     ]
     if not narrow:
         return ""
+    ways = ["a smaller `prune_ratio` leaves more"]
+    if settings.prune_ratio < 0.8:
+        ways.insert(0, "`min_keep=0.2` keeps a fifth of each")
+    if settings.scope != "layer":
+        ways.insert(0, '`scope="layer"` prunes all alike')
     return (
-        f"The ticket leaves little of {', '.join(narrow[:3])}"
+        f"{what} leaves little of {', '.join(narrow[:3])}"
         + f" and {len(narrow) - 3} more" * (len(narrow) > 3)
-        + ", a bottleneck that a network may not recover from. "
-        '`scope="layer"` prunes all alike'
-        + (", and `min_keep=0.2` keeps a fifth of each." if prune_ratio < 0.8 else ".")
+        + f", a bottleneck that a network may not recover from: {', or '.join(ways[:2])}."
     )
 
 

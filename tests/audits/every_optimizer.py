@@ -9,6 +9,7 @@ is tried, so that a new optimizer is tried the day it is released.
 from __future__ import annotations
 
 import inspect
+import math
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from training import loss_of, same, through_a_file, weights_of
+from training import PAPER, loss_of, same, through_a_file, weights_of
 
 from torch_worm_optim import ParameterSelector, Phase, Selector, WormOptimizer
 from torch_worm_optim.ticket import is_normalising
@@ -29,6 +30,7 @@ SEARCH: dict[str, Any] = {
     "stopping_point": 1.0,
     "trigger": "always",
     "truncation": 0.0,
+    **PAPER,
 }
 PHASES = [Phase.SEARCHING] * 2 + [Phase.TRUNCATING] * 4 + [Phase.CONVERGED]
 PHASES += [Phase.PRUNED] * 3
@@ -52,6 +54,8 @@ class Verdict(NamedTuple):
             truncating, gradients of removed entries are 0; when pruned, the entries are 0.
         update: With ``truncate="update"`` and a truncation of 0 all phases are passed; while
             truncating, removed entries keep their bits; when pruned, they are 0.
+        fade: The same with a fade of 1/4 from one mask to the next, two steps later: in each step
+            removed entries are halved. It resumes to the bit, too.
         closure: Steps with a closure do bit for bit what steps without one do.
         resumes: Stopped in each phase and resumed from a file, a run keeps its bits.
     """
@@ -59,6 +63,7 @@ class Verdict(NamedTuple):
     plain: bool
     gradient: bool
     update: bool
+    fade: bool
     closure: bool
     resumes: bool
 
@@ -185,20 +190,25 @@ def start(name: str, **options: Any) -> tuple[nn.Module, WormOptimizer]:
 
 
 def run(
-    name: str, *, truncate: str, closures: bool = False, stops: tuple[int, ...] = ()
+    name: str,
+    *,
+    truncate: str,
+    fade: float = 1,
+    closures: bool = False,
+    stops: tuple[int, ...] = (),
 ) -> tuple[list[Tensor], bool]:
     """Train through all phases; the weights then, and whether each step did what its phase says.
 
     At each of the `stops` everything is saved to a file, and started anew from it.
     """
-    model, opt = start(name, truncate=truncate)
+    model, opt = start(name, truncate=truncate, fade=fade)
     fine = True
     for step, phase in enumerate(PHASES):
         if phase is Phase.PRUNED and opt.phase is not phase:
             opt.prune()
         if step in stops:
             saved = through_a_file([model.state_dict(), opt.state_dict()])
-            model, opt = start(name, truncate=truncate)
+            model, opt = start(name, truncate=truncate, fade=fade)
             model.load_state_dict(saved[0])
             opt.load_state_dict(saved[1])
         mask = opt.candidate_mask or {}
@@ -206,20 +216,27 @@ def run(
         fine = fine and opt.phase is phase
         take_step(name, model, opt, step, closures)
         if phase is Phase.TRUNCATING:
-            fine = fine and is_truncated(model, mask, before, truncate)
+            fine = fine and is_truncated(model, mask, before, truncate, math.sqrt(fade))
         if phase is Phase.PRUNED:
             fine = fine and is_pruned(model, mask)
     return weights_of(model), fine
 
 
 def is_truncated(
-    model: nn.Module, mask: dict[str, Tensor], before: dict[str, Tensor], truncate: str
+    model: nn.Module,
+    mask: dict[str, Tensor],
+    before: dict[str, Tensor],
+    truncate: str,
+    share: float,
 ) -> bool:
-    """Whether gradients, or moves, are 0 where the mask removes, and not all 0 where it keeps."""
+    """Whether gradients are 0 where the mask removes, or weights the share of what they were.
+
+    And whether it is otherwise somewhere where the mask keeps.
+    """
     moved = {
         key: parameter.grad.to_dense() != 0
         if truncate == "gradient" and parameter.grad is not None
-        else parameter.detach() != before[key]
+        else parameter.detach() != before[key] * share
         for key, parameter in model.named_parameters()
     }
     return not any(bool(moved[key][~kept].any()) for key, kept in mask.items()) and any(
@@ -295,12 +312,15 @@ def judge(name: str) -> Verdict:
     """
     by_gradient, gradient = run(name, truncate="gradient")
     by_update, update = run(name, truncate="update")
+    faded, fade = run(name, truncate="update", fade=0.25)
+    faded_on, _ = run(name, truncate="update", fade=0.25, stops=STOPS)
     resumed = [run(name, truncate=truncate, stops=STOPS) for truncate in ("gradient", "update")]
     with_closures, _ = run(name, truncate="gradient", closures=True)
     return Verdict(
         plain=equals_plain(name),
         gradient=gradient,
         update=update,
+        fade=fade and (same(faded, faded_on) or not same(by_update, resumed[1][0])),
         closure=same(by_gradient, with_closures),
         resumes=same(by_gradient, resumed[0][0]) and same(by_update, resumed[1][0]),
     )
@@ -314,6 +334,7 @@ WAYS = {
     "plain": "with `truncation=1`",
     "gradient": 'with `truncate="gradient"`',
     "update": 'with `truncate="update"`',
+    "fade": "with `fade`",
     "closure": "with `step(closure)`",
     "resumes": "when stopped and resumed",
 }
@@ -333,6 +354,10 @@ Each trained a small network through all phases, from the first mask to pruned.
 `truncate="gradient"`, `truncate="update"`
 : With `truncation=0`: while truncating, the gradients of removed entries are 0, or these entries
   keep their bits; once pruned, they are zero after every step.
+
+`fade=0.25`
+: With `truncate="update"`, `truncation=0` and two steps between masks: while truncating, each step
+  halves removed entries.
 
 `step(closure)`
 : It does bit for bit what a backward and `step()` do. LBFGS always needs its closure.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from training import BASES, same, small_cnn, through_a_file, train, weights_of
+from training import BASES, PAPER, same, small_cnn, through_a_file, train, weights_of
 
 from torch_worm_optim import BatchNormSelector, ParameterSelector, Phase, WormOptimizer
 
@@ -21,6 +21,7 @@ SEARCH = {
     "stopping_point": 1.0,
     "trigger": "always",
     "truncation": 0.0,
+    **PAPER,
 }
 
 

@@ -15,6 +15,7 @@ from reference import reference_mask
 from torch import nn
 from training import (
     BASES,
+    PAPER,
     SCALES,
     SHIFTS,
     loss_of,
@@ -31,7 +32,7 @@ from torch_worm_optim.ticket import apply_ticket_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
 
-SEARCH = {"sample_every": 2, "window": 3, "stopping_point": 1.0, "trigger": "always"}
+SEARCH = {"sample_every": 2, "window": 3, "stopping_point": 1.0, "trigger": "always", **PAPER}
 
 
 def searched(base="SGD momentum", model=None, **options):

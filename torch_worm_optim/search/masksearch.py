@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,15 +44,14 @@ class MaskSearch:
         self.window = Window(sum(self.numels), settings.window)
         # Of each representative when the newest mask was drawn.
         self.fingerprints: list[int] = []
+        # Which have not moved since the first mask; none if that was drawn before a resume.
+        self._still: set[int] = set()
 
     def sample(self, step: int, phase: Phase, warned: set[str]) -> MaskSample | None:
         """Draw a mask and let the rule decide; None if nothing has moved since the last mask."""
         ranked = [part for each in self.representatives for part in each.parts]
         self.binding.check_trained(part.name for part in ranked)
-        fingerprints = [
-            fingerprint(part.entries(self._whole(part.name)) for part in each.parts)
-            for each in self.representatives
-        ]
+        fingerprints = self._fingerprints(phase)
         if fingerprints == self.fingerprints:
             warn_once(
                 warned,
@@ -73,9 +72,51 @@ class MaskSearch:
                 "all 1 and do this. Let training move them before the first mask (a larger "
                 "`sample_every`), or check that the selected parameters are trained at all.",
             )
+        if not self.window.rows:
+            self._still = set(range(len(fingerprints)))
+        pairs = zip(fingerprints, self.fingerprints, strict=False)  # the first mask has no older
+        self._still -= {index for index, (new, old) in enumerate(pairs) if new != old}
+        if self._still and len(self.window.rows) == self.window.n_masks - 1:
+            self._warn_of_still(warned)
         self.window.push(np.concatenate(mask.kept))
-        self.fingerprints = fingerprints
-        return self.settings.decide(step, phase, self.window.distances())
+        sample = self.settings.decide(step, phase, self.window.distances())
+        fading = self.settings.fades(sample.phase)
+        self.fingerprints = self._fingerprints(sample.phase) if fading else fingerprints
+        return sample
+
+    def _fingerprints(self, phase: Phase) -> list[int]:
+        """A number for each representative that changes where training moves it."""
+        return [
+            fingerprint(self._moved_by_training(each, index, phase))
+            for index, each in enumerate(self.representatives)
+        ]
+
+    def _moved_by_training(
+        self, representative: Representative, index: int, phase: Phase
+    ) -> Iterator[Tensor]:
+        """The entries that are ranked, without those that fade where there are others."""
+        fading = self.settings.fades(phase) and self.newest(index).any()
+        for part in representative.parts:
+            whole = self._whole(part.name)
+            if fading:
+                kept = torch.zeros(whole.shape, dtype=torch.bool, device="cpu")
+                part.write_(self.newest(index), kept)
+                yield whole[kept.to(whole.device)]
+            else:
+                yield part.entries(whole)
+
+    def _warn_of_still(self, warned: set[str]) -> None:
+        """Warn of representatives that have not moved since the first mask."""
+        n, share = len(self._still), sum(self.numels[i] for i in self._still) / sum(self.numels)
+        warn_once(
+            warned,
+            "still",
+            f"{n} of {len(self.numels)} representatives, {share:.0%} of the ranked entries, have "
+            f"not moved since the first mask, {self.representatives[min(self._still)].name!r} for "
+            "one. Their masks are equal because they are not trained, and pass for a ticket. Look "
+            "for a learning rate of 0 or gradients that never come; start the search once they "
+            "are trained, or pass a `selector=` that leaves them out.",
+        )
 
     def _draw(self) -> Mask:
         """The mask of the weights as they are now."""

@@ -91,6 +91,10 @@ class SearchSettings:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def fades(self, phase: Phase) -> bool:
+        """Whether removed entries fade in a phase."""
+        return phase is Phase.TRUNCATING and self.truncation < 1 and self.fade < 1
+
     @property
     def trigger_point(self) -> float:
         """The mean distance under which truncation starts."""
@@ -121,6 +125,23 @@ class SearchSettings:
         if distances and sum(distances) / len(distances) < self.trigger_point:
             return Phase.TRUNCATING
         return Phase.TRUNCATING if self.trigger == "always" else phase
+
+    def never_ends(self, history: Sequence[MaskSample]) -> str:
+        """What to warn of when a search has truncated for two windows and goes on; else empty."""
+        n = sum(sample.phase is Phase.TRUNCATING for sample in history)
+        if n != 2 * self.window + 1 or self.stopping_point == 0:
+            return ""
+        way = "let removed entries fade faster with a smaller `fade`"
+        if self.fade == 1:
+            way = "let removed entries fade with `fade=0.1`"
+        if self.truncation == 1:
+            way = "truncate what is removed with `truncation=0.003`"
+        return (
+            f"The search has truncated for {n} masks, more than two windows, and there is no "
+            f"ticket: the largest distance is {history[-1].max_distance:.3g}, `stopping_point` is "
+            f"{self.stopping_point:g}. Raise `stopping_point`, {way}, or take the newest mask as "
+            "the ticket with `opt.prune(force=True)`."
+        )
 
     def decide(self, step: int, phase: Phase, distances: tuple[float, ...]) -> MaskSample:
         """The sample of a mask at these distances, with the phase that follows."""

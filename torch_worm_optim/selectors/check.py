@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_worm_optim.distributed import check_gatherable
+from torch_worm_optim._checks import warn_user
+from torch_worm_optim.distributed import check_gatherable, is_dtensor, local_tensor
 from torch_worm_optim.selectors.attention import QueryKeySelector
 from torch_worm_optim.selectors.batchnorm import BatchNormSelector
 from torch_worm_optim.selectors.representative import (
@@ -21,6 +22,9 @@ from torch_worm_optim.selectors.representative import (
     Selector,
     nothing_found,
 )
+
+# A representative with a larger share of zeros has not been ranked by anything yet.
+_NEARLY_ALL = 0.9
 
 
 def default_selector(model: nn.Module) -> list[Representative]:
@@ -64,22 +68,34 @@ def _suggest_selectors(model: nn.Module) -> str:
     return "".join(f"\n- {what}: selector=ParameterSelector({by})" for what, by in rules.items())
 
 
-def select(
-    selector: Selector, model: nn.Module, owned: Iterable[Tensor]
-) -> tuple[list[Representative], int]:
-    """What is selected and requires a gradient, checked, and how much is selected and does not."""
-    if not callable(selector):
+def selected(selector: Selector | None, model: nn.Module) -> list[Representative]:
+    """What a selector, or the default one, finds in a model."""
+    if selector is None:
+        return default_selector(model)
+    if isinstance(selector, type) or not callable(selector):
+        way = "BatchNormSelector()"
+        if isinstance(selector, type):
+            way = f"{selector.__name__}(), an object of the class"
+        if isinstance(selector, str):
+            way = f"ParameterSelector({selector!r})"
         raise TypeError(
             "`selector` must be a callable model -> list of Representative, such as "
-            f"BatchNormSelector(), got {selector!r}."
+            f"{way}, got {selector!r}."
         )
+    return list(selector(model))
+
+
+def select(
+    selector: Selector | None, model: nn.Module, owned: Iterable[Tensor]
+) -> tuple[list[Representative], int]:
+    """What is selected and requires a gradient, checked, and how much is selected and does not."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "A model that torch.jit compiled cannot be searched, got a "
             f"{type(model).__name__}. Build WormOptimizer with the Python module that it was made "
             "of, and script or trace that after shrinking."
         )
-    representatives = list(selector(model))
+    representatives = selected(selector, model)
     if not representatives:
         raise nothing_found(f"The selector {selector!r} found nothing", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -128,6 +144,35 @@ def select(
             "Build WormOptimizer once they are unfrozen, or pass a `selector=` for what is trained."
         )
     return trained, len(representatives) - len(trained)
+
+
+def warn_of_zeros(representatives: Sequence[Representative], model: nn.Module) -> None:
+    """Warn of representatives that are nearly all zero before training has moved them."""
+    names = [each.name for each in representatives if _is_zero(each, model)]
+    if names:
+        warn_user(
+            f"{len(names)} of {len(representatives)} representatives start at zero, {names[0]!r} "
+            "for one. Their entries tie, so their order decides which go, and once training moves "
+            "them they are still the smallest there are: one ranking over all layers removes "
+            "nearly all of them. Build the model without zero initialisation (timm's ResNets: "
+            "`zero_init_last=False`; torchvision's: `zero_init_residual=False`), build "
+            "WormOptimizer after some epochs of training, or pass a `selector=` that leaves them "
+            "out."
+        )
+
+
+def _is_zero(representative: Representative, model: nn.Module) -> bool:
+    """Whether nearly all entries are zero, as far as this rank has them and they have values."""
+    zeros = numel = 0
+    for part in representative.parts:
+        parameter = model.get_parameter(part.name)
+        values = local_tensor(parameter)
+        if type(values) is Tensor and not values.is_meta:
+            # A rank's part of a parameter has a shape of its own, which no view fits.
+            entries = values if is_dtensor(parameter) else part.entries(values)
+            zeros += int((entries == 0).sum())
+            numel += entries.numel()
+    return zeros > _NEARLY_ALL * numel
 
 
 def _check_name(name: str, parameters: dict[str, nn.Parameter], model: nn.Module) -> None:

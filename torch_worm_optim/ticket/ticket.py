@@ -18,7 +18,7 @@ from torch_worm_optim.distributed import (
 )
 from torch_worm_optim.report import KeptCount, kept_counts_of
 from torch_worm_optim.search import Bits, MaskSearch, pack, unpack
-from torch_worm_optim.selectors import Part, Selector, default_selector
+from torch_worm_optim.selectors import Part, Selector, selected
 from torch_worm_optim.shrink import Kept, ShrinkReport, checked_ticket, composed, cut_tensor
 
 
@@ -71,7 +71,7 @@ class Ticket:
                 "`ticket` has no mask in it. Pass `opt.final_mask` of another run, or None."
             )
         try:
-            representatives = (selector or default_selector)(model)
+            representatives = selected(selector, model)
         except ValueError:
             if selector is not None:
                 raise
