@@ -35,7 +35,7 @@ def run(
     torch.manual_seed(seed)
     model = mlp(data, 128)
     sgd = SGD(model.parameters(), lr=0.02)
-    opt = WormOptimizer(sgd, model, sample_every=sample_every, scope=args.scope)
+    opt = WormOptimizer(sgd, model, sample_every=sample_every, scope=args.scope, fade=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scales tie where hardly anything was trained
         for _ in range(args.epochs):

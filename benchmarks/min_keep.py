@@ -126,7 +126,8 @@ def run(
         model,
         prune_ratio=args.prune_ratio,
         sample_every=-(-len(data.labels) // BATCH),
-        **SETTINGS[setting],
+        fade=1,
+        **{"scope": "global", **SETTINGS[setting]},
     )
     row: dict[str, Any] = {"network": network, "width": width, "setting": setting, "seed": seed}
     epochs = 0

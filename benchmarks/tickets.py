@@ -283,6 +283,7 @@ def settings(args: argparse.Namespace, images: Images) -> dict[str, Any]:
         "prune_ratio": args.prune_ratio,
         "stopping_point": args.stopping_point,
         "window": WINDOW,
+        "fade": 1,
         "scope": args.scope,
         "min_keep": args.min_keep or 1,
         "sample_every": len(images.train) // BATCH,

@@ -48,6 +48,7 @@ def run(optimizer: str, truncate: str, before: int, args: argparse.Namespace) ->
             truncation=args.truncation,
             truncate=truncate,
             trigger="always",
+            fade=1,
             window=2,
             sample_every=None,
         )

@@ -181,6 +181,7 @@ def wrap(args: argparse.Namespace, sgd, model: nn.Module, **options) -> WormOpti
         min_keep=args.min_keep,
         truncate=args.truncate,
         trigger=args.trigger,
+        fade=args.fade,
         **options,
     )
 

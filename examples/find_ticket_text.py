@@ -309,6 +309,7 @@ def search(args, task, method: str, truncate: str, seed: int) -> tuple:
             min_keep=args.min_keep,
             truncate=truncate,
             trigger=args.trigger,
+            fade=args.fade,
         )
     losses: list[float] = []
     seconds: list[float] = []

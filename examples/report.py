@@ -142,6 +142,13 @@ def add_search_arguments(
         help="r: what is left of a gradient",
     )
     add(
+        "--fade",
+        metavar="F",
+        type=between(0, 1),
+        default=1,
+        help="f: what is left of a removed entry from one mask to the next; 1 does not fade",
+    )
+    add(
         "--sample-every",
         metavar="STEPS",
         type=at_least(1),

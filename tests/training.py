@@ -126,6 +126,8 @@ def train_by_hand(
     prune_ratio: float,
     truncation: float,
     truncate: str,
+    fade: float,
+    scope: str,
     **rule: object,
 ) -> list[tuple[tuple[float, ...], str]]:
     """Train a :func:`small_cnn` with WORM spelled out; distances and phase of every mask drawn."""
@@ -154,9 +156,13 @@ def train_by_hand(
                 for (parameter, kept), before in zip(targets, old, strict=True):
                     moved = before + truncation * (parameter - before)
                     parameter[~kept] = moved[~kept]
+        if truncating and fade < 1:
+            with torch.no_grad():
+                for parameter, kept in targets:
+                    parameter[~kept] *= fade ** (1 / sample_every)
         if (step + 1) % sample_every == 0 and (not results or results[-1][1] != "converged"):
             scores = [parameters[name].detach().abs().tolist() for name in SCALES]
-            drawn.append(reference_mask(scores, prune_ratio, "global", 1))
+            drawn.append(reference_mask(scores, prune_ratio, scope, 1))
             results = reference_search(drawn, **rule)
     return results
 

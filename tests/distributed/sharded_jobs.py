@@ -346,6 +346,9 @@ def bad_weights(layout: str) -> list[str]:
     return messages
 
 
+LARGE = {"sample_every": None, "prune_ratio": 0.7, "scope": "global"}
+
+
 def large(layout: str) -> dict[str, Tensor]:
     """A mask for which entries are set aside in a layer of which ranks hold unequal parts."""
     net = nn.Sequential(nn.Linear(128, 513, bias=False), nn.Linear(513, 60, bias=False))
@@ -356,7 +359,7 @@ def large(layout: str) -> dict[str, Tensor]:
     if layout == "fsdp":
         fully_shard(net)
     base = torch.optim.SGD(net.parameters(), lr=0.1)
-    opt = WormOptimizer(base, net, ParameterSelector("*"), sample_every=None, prune_ratio=0.7)
+    opt = WormOptimizer(base, net, ParameterSelector("*"), **LARGE)
     opt.sample()
     return outcome(net, opt)["masks"]
 

@@ -58,8 +58,8 @@ def test_a_run_stopped_on_two_ranks_finds_its_ticket_on_one(tmp_path):
         f"blocks.{block}.attn.{name}.weight" for block in (0, 1) for name in ("q_proj", "k_proj")
     )
     assert all(mask.shape == (64, 64) for mask in ticket.values())
-    n = sum(mask.numel() for mask in ticket.values())
-    assert sum(int(mask.sum()) for mask in ticket.values()) == n - round(0.7 * n)
+    for mask in ticket.values():
+        assert int(mask.sum()) == mask.numel() - round(0.7 * mask.numel())
     assert after["scores"]["before pruning"] > 80
     assert after["scores"]["in the end"] > 80
 

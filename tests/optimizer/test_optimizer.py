@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import (
     BASES,
+    PAPER,
     SCALES,
     SEARCH,
     SHIFTS,
@@ -50,15 +51,17 @@ THREE = ("SGD momentum", "AdamW", "RMSprop")
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 @pytest.mark.parametrize("base", THREE)
 @pytest.mark.parametrize("trigger", ["distance", "always"])
-def test_training_equals_training_by_hand(base, truncate, trigger):
+@pytest.mark.parametrize("how", [PAPER, {"fade": 0.1, "scope": "layer"}], ids=["paper", "fade"])
+def test_training_equals_training_by_hand(base, truncate, trigger, how):
     """Weights, distances and phases are those of WORM spelled out around the base optimizer."""
     options = {"prune_ratio": 0.4, "truncation": 0.01, "truncate": truncate, "trigger": trigger}
+    options |= how
     # In double, so that two ways to round one formula cannot part the trajectories.
     model, opt = wrapped(base, small_cnn(torch.double), **options)
     train(model, opt, range(60))
 
     twin = small_cnn(torch.double)
-    results = train_by_hand(twin, BASES[base](twin.parameters()), 60, **SEARCH, **options)
+    results = train_by_hand(twin, BASES[base](twin.parameters()), 60, **{**SEARCH, **options})
 
     assert results == [(sample.distances, sample.phase.value) for sample in opt.history]
     assert "truncating" in {phase for _, phase in results}
@@ -110,7 +113,7 @@ def test_after_convergence_every_step_is_the_base_optimizers():
     assert same(list(ticket.values()), list(opt.final_mask.values()))
 
 
-@pytest.mark.filterwarnings("ignore:The ticket leaves little")
+@pytest.mark.filterwarnings("ignore:.* leaves little of")
 @settings(max_examples=25)
 @given(prune_ratios, scopes, st.integers(0, 2))
 def test_the_ticket_is_the_mask_of_the_weights_at_convergence(ratio, scope, min_keep):
@@ -284,10 +287,11 @@ def test_a_normalising_base_warns_for_gradients_only():
     with pytest.warns(
         UserWarning, match='Adam normalises gradients.*`truncate="update"`'
     ) as caught:
-        WormOptimizer(adam, model)
+        WormOptimizer(adam, model, truncate="gradient")
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        WormOptimizer(adam, model)
         WormOptimizer(adam, model, truncate="update")
         WormOptimizer(adam, model, truncation=1)
 
@@ -390,6 +394,7 @@ def test_an_optimizer_that_evaluates_often_counts_one_step():
         truncation=0.0,
         trigger="always",
         sample_every=1,
+        **PAPER,
     )
     evaluations = []
     for step in range(4):
@@ -501,8 +506,9 @@ def test_more_than_a_twentieth_must_tie_for_a_warning(n_equal):
     assert len(caught) == (n_equal == 51)
 
 
+@pytest.mark.parametrize("fade", [1, 0.9])
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
-def test_a_search_with_sparse_gradients_is_that_with_dense_ones(truncate):
+def test_a_search_with_sparse_gradients_is_that_with_dense_ones(truncate, fade):
     """Rows that are looked up are truncated by the newest mask, whatever those before it were."""
     runs = []
     for sparse in (True, False):
@@ -517,6 +523,7 @@ def test_a_search_with_sparse_gradients_is_that_with_dense_ones(truncate):
             trigger="always",
             truncation=0.25,  # an exact factor, so that bits do not depend on when rows are added
             truncate=truncate,
+            fade=fade,
         )
         masks = []
         for step in range(12):
@@ -611,7 +618,8 @@ def test_warnings_point_at_the_users_line():
     model = small_cnn()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adam = WormOptimizer(torch.optim.Adam(model.parameters()), model, sample_every=1)
+        adam = torch.optim.Adam(model.parameters())
+        adam = WormOptimizer(adam, model, sample_every=1, truncate="gradient")
         torch.optim.lr_scheduler.StepLR(adam, 1)
         other = WormOptimizer(
             torch.optim.SGD(model.parameters()), model, trigger="always", sample_every=1

@@ -356,6 +356,7 @@ def test_units_are_the_rows_that_belong_together(n_groups, per_group, width, by_
         sample_every=None,
         min_keep=0,
         prune_ratio=0.5,
+        scope="global",
     )
     opt.sample()
     masks = opt.candidate_mask

@@ -370,7 +370,7 @@ def test_rows_are_units():
     """`granularity="row"` ranks filters by their mean magnitude; the mask holds them whole."""
     model = small_cnn()
     selector = ParameterSelector("[03].weight", granularity="row")
-    opt = wrap(selector, model)
+    opt = wrap(selector, model, scope="global")
     opt.sample()
 
     rows = {

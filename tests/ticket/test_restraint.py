@@ -57,6 +57,7 @@ def holding(how, masks, dtypes, truncation=0.0):
         trigger="always",
         truncate=how,
         truncation=truncation,
+        fade=1,
     )
     opt.sample()
     assert all(torch.equal(opt.candidate_mask[str(i)], mask) for i, mask in enumerate(masks))
@@ -276,7 +277,8 @@ def test_what_is_replaced_between_steps_is_found(how, change):
     if how == "pruned":
         opt = WormOptimizer(base, model, ticket={"0.0.weight": mask})
     else:
-        options = {"truncation": 0.0, "truncate": how, "trigger": "always", "sample_every": None}
+        options = {"truncation": 0.0, "truncate": how, "trigger": "always", "fade": 1}
+        options["sample_every"] = None
         opt = WormOptimizer(base, model, lambda _: [Representative("0.0.weight")], **options)
         opt.sample()
     for changed in (False, True):

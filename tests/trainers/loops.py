@@ -14,8 +14,9 @@ from training import SCALES, same, weights_of
 
 from torch_worm_optim import Phase
 
-# Truncating from step 2 on; the ticket is the sixth mask, of step 12, wherever it lies.
+# Truncating and fading from step 2 on; the ticket is the sixth mask, of step 12, wherever it lies.
 SEARCH = {"sample_every": 2, "window": 6, "stopping_point": 1.0, "trigger": "always"}
+SEARCH |= {"scope": "layer", "fade": 0.1}
 
 
 def wrapped(base="SGD momentum", model=None, **options):

@@ -129,18 +129,15 @@ class SearchSettings:
     def never_ends(self, history: Sequence[MaskSample]) -> str:
         """What to warn of when a search has truncated for two windows and goes on; else empty."""
         n = sum(sample.phase is Phase.TRUNCATING for sample in history)
-        if n != 2 * self.window + 1 or self.stopping_point == 0:
+        if n != 2 * self.window + 1 or self.stopping_point == 0 or self.truncation == 1:
             return ""
-        way = "let removed entries fade faster with a smaller `fade`"
-        if self.fade == 1:
-            way = "let removed entries fade with `fade=0.1`"
-        if self.truncation == 1:
-            way = "truncate what is removed with `truncation=0.003`"
+        way = "`fade=0.1`" if self.fade == 1 else f"a smaller `fade` than {self.fade:g}"
         return (
             f"The search has truncated for {n} masks, more than two windows, and there is no "
             f"ticket: the largest distance is {history[-1].max_distance:.3g}, `stopping_point` is "
-            f"{self.stopping_point:g}. Raise `stopping_point`, {way}, or take the newest mask as "
-            "the ticket with `opt.prune(force=True)`."
+            f"{self.stopping_point:g}. What goes and what stays parts sooner with {way}. Raise "
+            "`stopping_point` to stop sooner, or take the newest mask as the ticket with "
+            "`opt.prune(force=True)`."
         )
 
     def decide(self, step: int, phase: Phase, distances: tuple[float, ...]) -> MaskSample:
