@@ -232,9 +232,10 @@ class WormOptimizer(OptimizerWrapper):
         """What holds removed entries back in the present phase, if anything does."""
         state, settings = self._state, self._settings
         if state.phase is Phase.TRUNCATING and settings.truncation < 1:
-            *before, newest = [sample.step for sample in state.history[-2:]]
-            n = newest - sum(before)  # steps between the two newest masks
-            factor = settings.fade ** (1 / max(n, 1))
+            newest = state.history[-1].step
+            before = next((s.step for s in reversed(state.history) if s.step < newest), 0)
+            n = newest - before  # 0 for a mask before the first step, when nothing says how fast
+            factor = settings.fade ** (1 / n) if n else 1.0
             shares = {settings.truncate: settings.truncation, "factor": factor}
         elif state.phase is Phase.PRUNED:
             shares = {"gradient": 0.0, "factor": 0.0}

@@ -42,7 +42,9 @@ from torch_worm_optim import (
     WormOptimizer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*normalises gradients", "ignore:The search has truncated for"
+)
 
 THREE = ("SGD momentum", "AdamW", "RMSprop")
 """Base optimizers: with momentum, with two moments and decay, and with a moment and momentum."""
@@ -51,7 +53,9 @@ THREE = ("SGD momentum", "AdamW", "RMSprop")
 @pytest.mark.parametrize("truncate", ["gradient", "update"])
 @pytest.mark.parametrize("base", THREE)
 @pytest.mark.parametrize("trigger", ["distance", "always"])
-@pytest.mark.parametrize("how", [PAPER, {"fade": 0.1, "scope": "layer"}], ids=["paper", "fade"])
+@pytest.mark.parametrize(
+    "how", [PAPER, {"fade": 0.1, "scope": "layer", "stopping_point": 0.0}], ids=["paper", "fade"]
+)
 def test_training_equals_training_by_hand(base, truncate, trigger, how):
     """Weights, distances and phases are those of WORM spelled out around the base optimizer."""
     options = {"prune_ratio": 0.4, "truncation": 0.01, "truncate": truncate, "trigger": trigger}

@@ -97,10 +97,14 @@ STILL = {
 }
 
 
+@pytest.mark.parametrize("options", [{"trigger": "distance"}, {"fade": 0.1, "scope": "layer"}])
 @pytest.mark.parametrize("how", STILL)
-def test_what_does_not_move_is_no_ticket(how):
-    """One warning, no mask and no ticket until it moves; then the search goes on as it was."""
-    model, opt = searched("SGD", stopping_point=0.9, trigger="distance")
+def test_what_does_not_move_is_no_ticket(how, options):
+    """One warning, no mask and no ticket until it moves; then the search goes on as it was.
+
+    That removed entries fade is no training.
+    """
+    model, opt = searched("SGD", stopping_point=0.9, **options)
     train(model, opt, range(4))
     history, rate = opt.history, opt.param_groups[0]["lr"]
     STILL[how](model, opt)
@@ -130,6 +134,157 @@ def test_a_resumed_search_knows_what_the_last_mask_was_of():
 
     with pytest.warns(UserWarning, match="has moved since the last mask"):
         assert other_opt.sample() == opt.history[-1]
+
+
+def neck_alone(**options):
+    """A backbone with a learning rate of 0, and a neck that trains."""
+    model = small_cnn()
+    model[7] = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.BatchNorm1d(12))
+    for name in (*SCALES, "7.2.weight"):
+        nn.init.uniform_(model.get_parameter(name), 0.5, 1.5)
+    groups = [{"params": model[:7].parameters(), "lr": 0.0}, {"params": model[7:].parameters()}]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    settings = {"sample_every": 2, "window": 4, "stopping_point": 0.0, "margin": 1.0, **options}
+    return model, WormOptimizer(sgd, model, **settings)
+
+
+@pytest.mark.parametrize("trigger", ["distance", "always"])
+@pytest.mark.parametrize("fade", [1, 0.1])
+def test_representatives_that_never_move_are_named_once(fade, trigger):
+    """When the window is full: how many, what share of the entries, and what to do."""
+    model, opt = neck_alone(fade=fade, trigger=trigger)
+    train(model, opt, range(7))
+    with pytest.warns(UserWarning, match="not moved since the first mask") as caught:
+        train(model, opt, range(7, 30))
+    assert len(caught) == 1
+    said = str(caught[0].message)
+    assert said.startswith("2 of 3 representatives, 62 % of the ranked entries")
+    assert "'1.weight' for one" in said
+    assert "learning rate of 0" in said
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_representatives_that_move_between_two_masks_are_not_named(at):
+    """Early or late: what was trained has had its say."""
+    model, opt = neck_alone()
+    for step in range(12):
+        opt.param_groups[0]["lr"] = 0.1 * (step == at)
+        train(model, opt, range(step, step + 1))
+    assert len(opt.history) == 6
+
+
+def test_a_resumed_search_does_not_say_that_nothing_has_moved():
+    """What moved before the checkpoint is not known, and nothing is made up."""
+    model, opt = neck_alone()
+    opt.param_groups[0]["lr"] = 0.1
+    train(model, opt, range(5))
+    opt.param_groups[0]["lr"] = 0.0
+    other, other_opt = neck_alone()
+    other.load_state_dict(model.state_dict())
+    other_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for each, optimizer in ((model, opt), (other, other_opt)):
+        train(each, optimizer, range(5, 12))
+    assert len(other_opt.history) == 6
+    assert other_opt.history == opt.history
+
+
+# ---- what starts at zero
+
+
+def branches(width=8, zero=True):
+    """A network of residual branches; their last scales start at zero, or the shifts alone."""
+    model = small_cnn()
+    model.append(nn.Linear(3, width))
+    model.append(nn.BatchNorm1d(width))
+    if zero:
+        nn.init.zeros_(model[10].weight)
+    return model
+
+
+def of_sgd(model, selector=None, **options):
+    """A search of a model."""
+    return WormOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, selector, **options)
+
+
+def test_scales_that_start_at_zero_are_named():
+    """In one warning, with an example, the reason and the ways out."""
+    with pytest.warns(UserWarning, match="start at zero") as caught:
+        of_sgd(branches())
+    assert len(caught) == 1
+    said = str(caught[0].message)
+    assert said.startswith("1 of 3 representatives start at zero, '10.weight' for one.")
+    for way in ("`zero_init_last=False`", "`zero_init_residual=False`", "after some epochs"):
+        assert way in said
+    assert caught[0].filename == __file__
+
+
+def lora():
+    """A low-rank update of which one factor starts at zero."""
+    model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 8, bias=False))
+    nn.init.zeros_(model[1].weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "selector", "n_of"),
+    [
+        (lora, ParameterSelector("*.weight"), "1 of 2"),
+        (lora, ParameterSelector("*.weight", granularity="row"), "1 of 2"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(30)), None, "1 of 2"),
+    ],
+)
+def test_whatever_is_ranked_is_looked_at(make, selector, n_of):
+    """Weights and rows, and what is zero but for an entry."""
+    model = make()
+    if selector is None:
+        nn.init.zeros_(model[1].weight)
+        model[1].weight.data[3] = 1
+    with pytest.warns(UserWarning, match=f"{n_of} representatives start at zero"):
+        of_sgd(model, selector)
+
+
+def half_zero():
+    """Half of the entries are zero, as of a network that was pruned before."""
+    model = branches(zero=False)
+    model[10].weight.data[:4] = 0
+    return model
+
+
+def zero_shifts():
+    """A new network, whose shifts are zero."""
+    return branches(zero=False)
+
+
+def frozen_zero():
+    """Zero scales that are not trained, and so not ranked."""
+    model = branches()
+    model[10].weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("make", [half_zero, zero_shifts, frozen_zero])
+def test_what_is_not_zero_is_not_named(make):
+    """Nor what is not ranked."""
+    of_sgd(make())
+    of_sgd(make().to("meta"))
+
+
+def test_what_another_search_has_pruned_is_not_named():
+    """A ticket that is given, and a search over what one inside has set to zero."""
+    model, opt = searched(sample_every=None, prune_ratio=0.8, min_keep=0)
+    model[1].weight.data[:] = torch.arange(8) / 100
+    nn.init.uniform_(model[4].weight)
+    with pytest.warns(UserWarning, match="'1.weight' \\(0 of 8\\), a bottleneck"):
+        opt.sample()
+    opt.prune(force=True)
+    assert not model[1].weight.any()
+    WormOptimizer(opt, model, prune_ratio=0.5)
+    with pytest.warns(UserWarning, match="start at zero"):  # who knows what these are
+        of_sgd(copy.deepcopy(model))
+    of_sgd(copy.deepcopy(model), ticket=opt.final_mask)
+
+
+# ---- what is replaced
 
 
 @pytest.mark.parametrize(
@@ -371,6 +526,55 @@ def test_a_share_of_each_representative_always_survives(layers, share, ratio, sc
     if len(set(quotas)) == 1:
         expected = reference_mask(layers, ratio, scope, quotas[0])
         assert torch.cat(kept).tolist() == expected
+
+
+def left_little(**options):
+    """What is said at each of two times two masks that remove most of the second layer."""
+    model, opt = searched(sample_every=None, prune_ratio=0.55, **options)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.arange(1, 9))
+        model[4].weight.copy_(torch.arange(1, 13) / 100)
+    said = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sample_twice(opt)
+        said.append([str(each.message) for each in caught if "bottleneck" in str(each.message)])
+    return said
+
+
+def test_narrow_layers_are_named_when_truncation_starts():
+    """Once in all: by then the mask can still change. Else at the ticket."""
+    before, after = left_little(window=4)
+    assert (len(before), len(after)) == (1, 0)
+    assert before[0].startswith("The newest mask leaves little of '4.weight' (1 of 12)")
+
+    (said,), after = left_little(window=2, trigger="distance")
+    assert not after
+    assert said.startswith("The ticket leaves little of '4.weight' (1 of 12)")
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        ({"scope": "global", "min_keep": 0}, ('`scope="layer"`', "`min_keep=0.2`")),
+        ({"scope": "selector", "min_keep": 0}, ('`scope="layer"`', "`min_keep=0.2`")),
+        ({"scope": "layer", "min_keep": 0}, ("`min_keep=0.2`", "`prune_ratio`")),
+    ],
+)
+def test_narrow_layers_have_ways_out_that_are_not_taken_yet(options, ways):
+    """Ranking each layer by itself is no way out of that."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(20))
+    model[0].weight.data[:] = torch.arange(1, 3) / 100
+    model[1].weight.data[:] = torch.arange(1, 21)
+    opt = of_sgd(model, sample_every=None, prune_ratio=0.76, trigger="always", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.sample()
+    said = [str(each.message) for each in caught if "bottleneck" in str(each.message)]
+    assert len(said) == 1
+    assert all(way in said[0] for way in ways)
+    assert ('`scope="layer"`' in said[0]) == (options["scope"] != "layer")
 
 
 def test_a_ticket_that_empties_a_layer_says_so():

@@ -469,7 +469,7 @@ def test_layers_that_were_compiled_have_no_kinds():
 
     assert names(default_selector, model) == ["1.in_proj_weight", "2.self_attn.in_proj_weight"]
     assert names(FeedForwardSelector(), model) == ["2.linear1.weight"]
-    opt = wrap(ParameterSelector("0.*.weight"), model)
+    opt = wrap(ParameterSelector("0.*.weight"), model, scope="global")
     opt.sample()
     opt.prune(force=True)
     assert compiled[0].weight.eq(0).any()
@@ -577,17 +577,25 @@ def test_entries_and_rows_can_be_the_same_units():
     assert opt.candidate_mask["weight"].equal(kept[:, None].expand(4, 3))
 
 
-def wrap(selector, model=None, parameters=None):
+def wrap(selector, model=None, parameters=None, **options):
     """A WormOptimizer over a small network with this selector."""
     model = small_cnn() if model is None else model
     parameters = model.parameters() if parameters is None else parameters
-    return WormOptimizer(torch.optim.SGD(parameters, lr=0.1), model, selector)
+    return WormOptimizer(torch.optim.SGD(parameters, lr=0.1), model, selector, **options)
 
 
 @pytest.mark.parametrize(
     ("selector", "error", "message"),
     [
-        ("*.weight", TypeError, r"`selector` must be a callable.*got '\*\.weight'"),
+        (
+            "*.weight",
+            TypeError,
+            r"`selector` must be a callable.* such as ParameterSelector\('\*\.weight'\), got '\*",
+        ),
+        ("", TypeError, r"such as ParameterSelector\(''\), got ''"),
+        (["1.weight"], TypeError, r"such as BatchNormSelector\(\), got \['1.weight'\]"),
+        (BatchNormSelector, TypeError, r"such as BatchNormSelector\(\), an object of the class"),
+        (QueryKeySelector, TypeError, r"such as QueryKeySelector\(\), an object of the class"),
         (lambda model: [], ValueError, "found nothing in Sequential"),
         (lambda model: ["1.weight"], TypeError, "list of Representative, got '1.weight' in it"),
         (lambda model: [Representative("1.wieght")], ValueError, r"Did you mean '1\.weight'"),

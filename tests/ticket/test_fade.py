@@ -296,24 +296,25 @@ def test_a_search_that_fades_resumes_to_the_bit(how, stop):
     assert opt.phase is Phase.TRUNCATING
 
 
-@pytest.mark.parametrize("n_steps", [0, 1, 4])
-def test_two_masks_at_one_step_fade_as_if_a_step_lay_between(n_steps):
-    """So that nothing is divided by zero; so does a mask before the first step."""
+@pytest.mark.parametrize(("n_steps", "share"), [(0, 1), (1, 0.1), (4, 0.1**0.25)])
+def test_masks_at_one_step_are_one_interval(n_steps, share):
+    """So that nothing is divided by zero. Before the first step nothing says how fast to fade."""
     model, opt = fading("SGD", truncation=0.0, truncate="update", sample_every=None)
     train(model, opt, range(n_steps))
     with torch.no_grad():
         for name in SCALES:
             model.get_parameter(name).uniform_(0.5, 1.5)
-    for _ in range(2 if n_steps else 1):
+    for _ in range(3):
         opt.sample()
         with torch.no_grad():
             model[1].weight.mul_(1.5)
     before, mask = copy.deepcopy(model), opt.candidate_mask
     train(model, opt, range(n_steps, n_steps + 1))
 
+    assert opt.phase is Phase.TRUNCATING
     for name, kept in mask.items():
         old, new = before.get_parameter(name), model.get_parameter(name)
-        assert torch.equal(new[~kept], old[~kept] * 0.1)
+        assert torch.equal(new[~kept], old[~kept] * share)
         assert not kept.all()
 
 

@@ -22,7 +22,9 @@ from training import (
 
 from torch_worm_optim import Phase, WormOptimizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*normalises gradients", "ignore:The search has truncated for"
+)
 
 
 def at_ticket(make=BASES["SGD momentum"], **options):

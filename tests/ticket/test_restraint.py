@@ -15,6 +15,8 @@ from torch_worm_optim import ParameterSelector, Part, Representative, WormOptimi
 from torch_worm_optim._binding import Binding
 from torch_worm_optim.ticket import Restraint, Ticket, is_normalising
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* leaves little of")
+
 HOLD = ("gradient", "update", "pruned")
 
 

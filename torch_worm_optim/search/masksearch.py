@@ -107,15 +107,16 @@ class MaskSearch:
 
     def _warn_of_still(self, warned: set[str]) -> None:
         """Warn of representatives that have not moved since the first mask."""
-        n, share = len(self._still), sum(self.numels[i] for i in self._still) / sum(self.numels)
+        share = 100 * sum(self.numels[i] for i in self._still) / sum(self.numels)
+        first = self.representatives[min(self._still)].name
         warn_once(
             warned,
             "still",
-            f"{n} of {len(self.numels)} representatives, {share:.0%} of the ranked entries, have "
-            f"not moved since the first mask, {self.representatives[min(self._still)].name!r} for "
-            "one. Their masks are equal because they are not trained, and pass for a ticket. Look "
-            "for a learning rate of 0 or gradients that never come; start the search once they "
-            "are trained, or pass a `selector=` that leaves them out.",
+            f"{len(self._still)} of {len(self.numels)} representatives, {share:.0f} % of the "
+            f"ranked entries, have not moved since the first mask, {first!r} for one. Their masks "
+            "are equal because they are not trained, and pass for a ticket. Look for a learning "
+            "rate of 0 or gradients that never come. Start the search once they are trained, or "
+            "pass a `selector=` that leaves them out.",
         )
 
     def _draw(self) -> Mask:

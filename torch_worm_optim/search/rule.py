@@ -135,7 +135,7 @@ class SearchSettings:
         return (
             f"The search has truncated for {n} masks, more than two windows, and there is no "
             f"ticket: the largest distance is {history[-1].max_distance:.3g}, `stopping_point` is "
-            f"{self.stopping_point:g}. What goes and what stays parts sooner with {way}. Raise "
+            f"{self.stopping_point:g}. What goes and what stays part sooner with {way}. Raise "
             "`stopping_point` to stop sooner, or take the newest mask as the ticket with "
             "`opt.prune(force=True)`."
         )
