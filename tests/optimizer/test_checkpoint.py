@@ -38,14 +38,16 @@ from torch_worm_optim import (
     load_shrunk_,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*normalises gradients")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*normalises gradients", "ignore:The search has truncated for"
+)
 
 N_STEPS = 36
 
 
-def uninterrupted(base, truncate, prune_at, force, window):
+def uninterrupted(base, prune_at, force, **options):
     """A run that is never stopped, and prunes as soon as it can from some step on."""
-    model, opt = wrapped(base, truncate=truncate, window=window)
+    model, opt = wrapped(base, **options)
     for step in range(N_STEPS):
         train(model, opt, range(step, step + 1))
         if step >= prune_at and (opt.converged or (force and opt.history)):
@@ -61,18 +63,22 @@ def uninterrupted(base, truncate, prune_at, force, window):
     st.integers(0, N_STEPS),
     st.booleans(),
     st.sampled_from([2, 4, 9]),
+    st.sampled_from([1, 0.1]),
 )
-@example("SGD momentum", "gradient", set(range(N_STEPS)), 30, False, 4)
-@example("AdamW", "update", set(range(N_STEPS)), 12, True, 4)
-def test_stopping_and_going_on_equals_not_stopping(base, truncate, stops, prune_at, force, window):
+@example("SGD momentum", "gradient", set(range(N_STEPS)), 30, False, 4, 1)
+@example("AdamW", "update", set(range(N_STEPS)), 12, True, 4, 0.1)
+def test_stopping_and_going_on_equals_not_stopping(
+    base, truncate, stops, prune_at, force, window, fade
+):
     """At whatever points a run is saved and loaded, weights, masks and history keep their bits."""
-    twin, through = uninterrupted(base, truncate, prune_at, force, window)
+    options = {"truncate": truncate, "window": window, "fade": fade}
+    twin, through = uninterrupted(base, prune_at, force, **options)
 
-    model, opt = wrapped(base, truncate=truncate, window=window)
+    model, opt = wrapped(base, **options)
     for step in range(N_STEPS):
         if step in stops:
             saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
-            model, opt = wrapped(base, truncate=truncate, window=window)
+            model, opt = wrapped(base, **options)
             model.load_state_dict(saved["model"])
             opt.load_state_dict(saved["opt"])
         train(model, opt, range(step, step + 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -273,6 +274,66 @@ def test_equal_scales_warn_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.sample()
+
+
+def shaken(n_masks, **options):
+    """A search with scales drawn anew before each mask, and what it is told at which."""
+    settings = {"sample_every": None, "trigger": "always", "stopping_point": 0.01, "window": 3}
+    model, opt = wrapped(**{**settings, **options})
+    said = {}
+    for n in range(1, n_masks + 1):
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for name in SCALES:
+                model.get_parameter(name).uniform_()
+            opt.sample()
+        for each in caught:
+            if "has truncated for" in str(each.message):
+                assert n not in said
+                said[n] = str(each.message)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({"fade": 1}, "`fade=0.1`"),
+        ({"fade": 0.1}, "a smaller `fade` than 0.1"),
+        ({"fade": 0.1, "scope": "layer", "truncate": "update"}, "a smaller `fade` than 0.1"),
+    ],
+)
+def test_a_search_that_truncates_for_two_windows_says_once_what_can_be_done(options, way):
+    """At the next mask: how many there were, how far apart they are, and the ways out."""
+    said = shaken(20, **options)
+    assert list(said) == [7]
+    for part in ("for 7 masks", way, "`stopping_point` is 0.01", "`opt.prune(force=True)`"):
+        assert part in said[7]
+    assert not shaken(6, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"truncation": 1}, {"stopping_point": 0.0}, {"trigger": "distance", "margin": 0}]
+)
+def test_a_search_that_truncates_nothing_or_is_not_to_stop_is_told_nothing(options):
+    """Nor one that has not reached the trigger point."""
+    assert not shaken(20, **options)
+
+
+def test_a_resumed_search_is_told_once_too():
+    """Warnings are not in checkpoints, and this one is not given again."""
+    said = []
+    model, opt = wrapped(sample_every=None, trigger="always", stopping_point=0.01, window=3)
+    for _ in range(12):
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for name in SCALES:
+                model.get_parameter(name).uniform_()
+            opt.sample()
+        said += [each for each in caught if "has truncated for" in str(each.message)]
+        saved = opt.state_dict()
+        opt = WormOptimizer(opt.base_optim, model, **dataclasses.asdict(opt.settings))
+        opt.load_state_dict(saved)
+    assert len(said) == 1
 
 
 def test_few_ties_do_not_warn():

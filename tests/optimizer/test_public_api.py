@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from training import DEVICE, SCALES, at_phase, small_cnn
+from torch import nn
+from training import BASES, DEVICE, SCALES, at_phase, small_cnn
 
 import torch_worm_optim
 from torch_worm_optim import Phase, WormOptimizer
@@ -125,6 +126,33 @@ def test_arguments_can_be_read_and_not_changed():
         settings.window = 5
     with pytest.raises(AttributeError):
         wrap().settings = settings
+
+
+@pytest.mark.parametrize(("base", "truncate"), [("SGD", "gradient"), ("AdamW", "update")])
+def test_the_defaults_suit_the_base_optimizer_and_ruin_no_layer(base, truncate):
+    """Each layer loses half, what goes fades to a tenth, and nobody is warned for taking them."""
+    model = small_cnn()
+    opt = WormOptimizer(BASES[base](model.parameters()), model)
+    assert dataclasses.asdict(opt.settings) == {
+        "prune_ratio": 0.5,
+        "stopping_point": 0.1,
+        "margin": 0.05,
+        "window": 5,
+        "truncation": 3e-3,
+        "sample_every": 200,
+        "scope": "layer",
+        "min_keep": 1,
+        "truncate": truncate,
+        "trigger": "distance",
+        "fade": 0.1,
+    }
+    for name in SCALES:
+        nn.init.uniform_(model.get_parameter(name))
+    model[4].weight.data.mul_(1e-3)
+    opt.sample()
+    assert [each.kept for each in opt.kept_counts()] == [4, 6]
+    with pytest.raises(ValueError, match="`truncate` must be one of 'gradient', 'update', got ''"):
+        WormOptimizer(opt.base_optim, model, truncate="")
 
 
 def test_the_model_the_counts_and_the_size_can_be_read():
