@@ -225,8 +225,8 @@ def trained(
 
 
 OPTIONS = {"trigger": "always", "truncation": 0.1, "prune_ratio": 0.4}
-OPTIONS |= {"stopping_point": 0.012, "window": 5}
-"""A search that truncates from the first mask on, and has its ticket after some fifteen steps."""
+OPTIONS |= {"stopping_point": 0.012, "window": 5, "fade": 0.1, "scope": "layer"}
+"""A search that truncates and fades from the first mask on; its ticket comes within 20 steps."""
 
 
 def saved(
@@ -362,6 +362,25 @@ def large(layout: str) -> dict[str, Tensor]:
     opt = WormOptimizer(base, net, ParameterSelector("*"), **LARGE)
     opt.sample()
     return outcome(net, opt)["masks"]
+
+
+def still(layout: str) -> tuple[list[str], list[str], int]:
+    """What is said of zeros at the start, and of a search whose learning rate becomes 0."""
+    net = new_net()
+    for parameter in (net.bn.weight, net.attn.k_proj.weight):
+        nn.init.zeros_(parameter)
+    shard(net, layout)
+    base = torch.optim.SGD(net.parameters(), lr=0.05)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt = WormOptimizer(base, net, SELECTORS["all"][1], sample_every=2, **OPTIONS)
+    zeros = [str(each.message).split(".")[0] for each in caught]
+    train(net, opt, range(4))
+    base.param_groups[0]["lr"] = 0.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(net, opt, range(4, 10))
+    return zeros, [str(each.message).split(",")[0] for each in caught], len(opt.history)
 
 
 def forgotten() -> str:

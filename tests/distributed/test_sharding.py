@@ -15,6 +15,7 @@ if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
 import sharded_jobs as jobs
 from ranks import run_on_ranks
 from soak import difference
+from training import PAPER
 
 CASES = [
     {"prune_ratio": 0.5, "scope": "global", "min_keep": 1},
@@ -53,16 +54,17 @@ def all_equal(results, expected):
 
 
 @pytest.mark.parametrize(
-    ("n", "layout", "truncate", "after"),
+    ("n", "layout", "truncate", "after", "how"),
     [
-        (2, "fsdp", "gradient", False),
-        (2, "fsdp", "update", True),
-        (4, "hybrid", "gradient", True),
+        (2, "fsdp", "gradient", False, {}),
+        (2, "fsdp", "update", True, {}),
+        (2, "fsdp", "update", False, PAPER),
+        (4, "hybrid", "gradient", True, {}),
     ],
 )
-def test_training_sharded_is_training_alone(n, layout, truncate, after):
+def test_training_sharded_is_training_alone(n, layout, truncate, after, how):
     """Weights, masks, history and ticket are equal; means of equal gradients are exact here."""
-    options = {**jobs.OPTIONS, "truncate": truncate, "prune": True}
+    options = {**jobs.OPTIONS, "truncate": truncate, "prune": True, **how}
     alone = jobs.trained("plain", "queries and keys", 24, **options)
     assert {row[-1] for row in alone["history"]} >= {"truncating", "converged"}
     assert alone["phase"] == "pruned"
@@ -208,6 +210,17 @@ def test_ranks_that_hold_unequal_parts_look_as_often():
 
     assert all_equal(run_on_ranks(2, jobs.large, "fsdp"), alone)
     assert int(alone["0.weight"].sum()) == 1
+
+
+def test_what_starts_at_zero_and_what_does_not_move_is_said_of_sharded_weights():
+    """Each rank says what it sees, and one without entries sees no zeros; no mask is drawn."""
+    results = run_on_ranks(4, jobs.still, "fsdp")
+
+    n_zero = [int(zeros[0].split()[0]) if zeros else 0 for zeros, _, _ in results]
+    assert n_zero == [2, 2, 2, 1]  # five channels: the last rank has none of them
+    assert [said for _, said, _ in results] == [results[0][1]] * 4
+    assert results[0][1] == ["Nothing that is ranked has moved since the last mask"]
+    assert {n_masks for _, _, n_masks in results} == {2}
 
 
 @pytest.mark.parametrize("n", [1, 2])
