@@ -134,8 +134,40 @@ def test_selectors_join():
     assert names(joined, model) == ["8.weight", "1.weight", "4.weight", "0.weight"]
     assert names(BatchNormSelector() | head, model) == ["1.weight", "4.weight", "8.weight"]
     assert isinstance(joined, Selector)
-    with pytest.raises(TypeError, match=r"`\|` joins selectors"):
+    with pytest.raises(TypeError, match=r"Each side of `\|` must be"):
         BatchNormSelector() | "8.weight"
+
+
+@pytest.mark.parametrize(
+    ("joined", "way"),
+    [
+        (
+            lambda one: one | "*.weight",
+            r"such as ParameterSelector\('\*\.weight'\), got '\*\.weight'",
+        ),
+        (lambda one: "1.bias" | one, r"such as ParameterSelector\('1\.bias'\), got '1\.bias'"),
+        (
+            lambda one: one | QueryKeySelector,
+            r"such as QueryKeySelector\(\), an object of the class",
+        ),
+        (
+            lambda one: QueryKeySelector | one,
+            r"such as QueryKeySelector\(\), an object of the class",
+        ),
+    ],
+)
+def test_what_is_no_selector_is_no_side_of_a_union(joined, way):
+    """The error says what to write, as that of `selector=` does."""
+    with pytest.raises(TypeError, match=r"Each side of `\|` must be a callable .* " + way):
+        joined(BatchNormSelector())
+
+
+def test_a_ticket_that_is_given_takes_no_class_for_a_selector():
+    """Nor a string."""
+    model, ticket = small_cnn(), {"1.weight": torch.ones(8, dtype=torch.bool)}
+    for wrong in (BatchNormSelector, "*.weight"):
+        with pytest.raises(TypeError, match=r"`selector` must be a callable .* such as \w+\("):
+            WormOptimizer(torch.optim.SGD(model.parameters()), model, wrong, ticket=ticket)
 
 
 def test_the_default_takes_scales_before_queries_and_keys():

@@ -20,6 +20,7 @@ from torch_worm_optim.selectors.representative import (
     Part,
     Representative,
     Selector,
+    check_selector,
     nothing_found,
 )
 
@@ -72,16 +73,7 @@ def selected(selector: Selector | None, model: nn.Module) -> list[Representative
     """What a selector, or the default one, finds in a model."""
     if selector is None:
         return default_selector(model)
-    if isinstance(selector, type) or not callable(selector):
-        way = "BatchNormSelector()"
-        if isinstance(selector, type):
-            way = f"{selector.__name__}(), an object of the class"
-        if isinstance(selector, str):
-            way = f"ParameterSelector({selector!r})"
-        raise TypeError(
-            "`selector` must be a callable model -> list of Representative, such as "
-            f"{way}, got {selector!r}."
-        )
+    check_selector("`selector`", selector)
     return list(selector(model))
 
 

@@ -207,6 +207,21 @@ class Selector(Protocol):
         ...
 
 
+def check_selector(what: str, selector: object) -> None:
+    """Raise unless it is a selector, and say how to write what was meant."""
+    way = "BatchNormSelector()"
+    if isinstance(selector, str):
+        way = f"ParameterSelector({selector!r})"
+    elif isinstance(selector, type):
+        way = f"{selector.__name__}(), an object of the class"
+    elif callable(selector):
+        return
+    raise TypeError(
+        f"{what} must be a callable model -> list of Representative, such as {way}, got "
+        f"{selector!r}."
+    )
+
+
 class JoinableSelector:
     """What makes ``a | b`` of two selectors, one of which may be a plain function."""
 
@@ -229,11 +244,7 @@ class JoinedSelector(JoinableSelector):
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
         for selector in (self.first, self.second):
-            if not callable(selector):
-                raise TypeError(
-                    "`|` joins selectors, callables model -> list of Representative, "
-                    f"got {selector!r}."
-                )
+            check_selector("Each side of `|`", selector)
 
     def __call__(self, model: nn.Module) -> list[Representative]:
         """Both lists, one after the other."""
