@@ -121,14 +121,15 @@ def test_what_does_not_move_is_no_ticket(how, options):
     assert [sample.step for sample in opt.history] == [2, 4, 22]
 
 
-def test_a_resumed_search_knows_what_the_last_mask_was_of():
+@pytest.mark.parametrize("fade", [1, 0.1])
+def test_a_resumed_search_knows_what_the_last_mask_was_of(fade):
     """Nothing moves between saving and the next mask, so that is not drawn."""
-    model, opt = searched("SGD", stopping_point=0.0)
+    model, opt = searched("SGD", stopping_point=0.0, fade=fade)
     train(model, opt, range(4))
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    other, other_opt = searched("SGD", stopping_point=0.0)
+    other, other_opt = searched("SGD", stopping_point=0.0, fade=fade)
     other.load_state_dict(model.state_dict())
     other_opt.load_state_dict(torch.load(file, weights_only=True))
 
