@@ -94,16 +94,15 @@ class MaskSearch:
     def _moved_by_training(
         self, representative: Representative, index: int, phase: Phase
     ) -> Iterator[Tensor]:
-        """The entries that are ranked, without those that fade where there are others."""
-        fading = self.settings.fades(phase) and self.newest(index).any()
+        """The entries that are ranked, zeros where they fade unless all of them do."""
+        kept = self.newest(index) if self.settings.fades(phase) else None
         for part in representative.parts:
             whole = self._whole(part.name)
-            if fading:
-                kept = torch.zeros(whole.shape, dtype=torch.bool, device="cpu")
-                part.write_(self.newest(index), kept)
-                yield whole[kept.to(whole.device)]
-            else:
-                yield part.entries(whole)
+            if kept is not None and kept.any():
+                removed = torch.zeros(whole.shape, dtype=torch.bool, device="cpu")
+                part.write_(~kept, removed)
+                whole = whole.masked_fill(removed.to(whole.device), 0)
+            yield part.entries(whole)
 
     def _warn_of_still(self, warned: set[str]) -> None:
         """Warn of representatives that have not moved since the first mask."""
