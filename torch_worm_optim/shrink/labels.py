@@ -231,3 +231,10 @@ def all_zero(rows: Tensor, columns: Labels) -> Flags:
     rest = zero.nonzero()[:, 0]
     zero[rest] = (rows[rest][:, columns].flatten(1) == 0).all(1)
     return np.asarray(zero.cpu().numpy())
+
+
+def arguments_of(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operator by name, with the defaults of those that were not given."""
+    arguments = func._schema.arguments
+    defaults = {each.name: each.default_value for each in arguments if each.has_default_value()}
+    return {**defaults, **dict(zip((e.name for e in arguments), args, strict=False)), **kwargs}

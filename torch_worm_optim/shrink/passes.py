@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from torch_worm_optim.shrink.labels import memory_of, tensors_in
+from torch_worm_optim.shrink.labels import arguments_of, memory_of, tensors_in
 from torch_worm_optim.shrink.operators import FACTORIES, VIEWS
 from torch_worm_optim.shrink.resize import widths_of_inputs
 
@@ -151,10 +151,9 @@ def _all_put_back(model: nn.Module) -> Iterator[None]:
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that an operator writes into."""
-    arguments = func._schema.arguments
-    given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
-    written = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
-    return tensors_in([given.get(name) for name in written])
+    given, arguments = arguments_of(func, args, kwargs), func._schema.arguments
+    names = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
+    return tensors_in([given.get(name) for name in names])
 
 
 def record(model: nn.Module, passes: Sequence[Pass], steps: list[Step]) -> Run:
