@@ -333,3 +333,20 @@ def test_distributed_checkpoint_restores_both(tmp_path):
     assert other.history == second.history
     assert other_first.phase is Phase.PRUNED
     assert same(weights_of(model), weights_of(other_model))
+
+
+def test_shrinking_cuts_what_either_search_has_removed():
+    """Though each ticket holds another layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 2, 1)),
+    )
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    halves = [{"1.weight": torch.arange(8) < 4}, {"4.weight": torch.arange(12) < 6}]
+    first = WormOptimizer(sgd, model, ticket=halves[0])
+    second = WormOptimizer(first, model, ticket=halves[1])
+
+    second.shrink(IMAGES[0])
+
+    assert (model[0].out_channels, model[3].out_channels) == (4, 6)

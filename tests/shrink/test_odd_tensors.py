@@ -160,3 +160,30 @@ def test_how_many_results_there_are_may_depend_on_rounding(pick, dtype):
         found = model.double().logits(x.double())[0]
     assert report.channels == (8, 0)
     torch.testing.assert_close(found, expected)
+
+
+def residue(logits: Tensor) -> Tensor:
+    """Rounding of single precision, of which double precision has next to none."""
+    return (logits * 3 - logits - logits - logits).abs().sum(1) > 1e-11
+
+
+def rounded(self: Picking, logits: Tensor) -> Tensor:
+    """As many rows as rounding tells."""
+    return logits[~residue(logits)]
+
+
+def ranked(self: Picking, logits: Tensor) -> Tensor:
+    """The first rows, or those of which rounding leaves something."""
+    order = (
+        residue(logits).to(logits.dtype) - torch.arange(len(logits), device=logits.device) / 1000
+    )
+    return logits[order.topk(8).indices]
+
+
+@pytest.mark.parametrize("pick", [rounded, ranked])
+def test_what_rounding_tells_is_compared_in_double_precision(pick):
+    """Other sums of the same numbers pick other rows in single precision."""
+    model = Picking(pick)
+    report = shrink_(model, torch.randn(256, 3, 8, 8))
+    assert report.channels == (8, 0)
+    assert report.max_difference < 1e-12

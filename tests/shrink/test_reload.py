@@ -331,3 +331,28 @@ def test_names_that_a_wrapper_made_are_told(prefix):
     wrapped = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"a wrapper adds, such as '{prefix}0.weight'.*consume"):
         load_shrunk_(model, wrapped)
+
+
+class HeadFirst(nn.Module):
+    """Its head is built before what it reads, without a norm in between."""
+
+    def __init__(self, n_pixels: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(n_pixels)
+        self.head, self.conv = nn.Linear(8 * n_pixels**2, 3), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify."""
+        return self.head(self.pool(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize("n_pixels", [1, 2])
+def test_a_head_that_is_built_first_is_loaded(n_pixels):
+    """The width of what it reads is its own, or so many times that behind a flatten."""
+    model, x = HeadFirst(n_pixels), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        model.conv.weight[:3] = model.conv.bias[:3] = 0
+    assert shrink_(model, x).channels == (3, 0)
+    fresh = HeadFirst(n_pixels)
+    load_shrunk_(fresh, model.state_dict())
+    torch.testing.assert_close(fresh(x), model(x))

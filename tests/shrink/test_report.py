@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from models import IMAGES, Sequence, build, outputs
-from torch import nn
+from torch import Tensor, nn
 
 from torch_worm_optim.shrink import shrink_
 
@@ -84,3 +84,37 @@ def test_a_copy_is_cut_whole_or_not_at_all():
     scattered = shrink_(copies[2], batch, scatter=True)
     with pytest.raises(ValueError, match="shrink it with `scatter` by itself"):
         scattered.apply_(copies[1])
+
+
+class Stream(nn.Module):
+    """Two layers that write to one stream, and something behind them."""
+
+    def __init__(self, behind: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.first_norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.second, self.second_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.behind, self.head = behind, nn.Conv2d(8, 2, 1)
+        with torch.no_grad():
+            self.first_norm.weight[:6] = 0
+            self.second_norm.weight[2:] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Segment."""
+        x = torch.relu(self.first_norm(self.first(x)))
+        return self.head(self.behind(x + self.second_norm(self.second(x))))
+
+
+def test_a_reason_names_the_operator_and_what_helps():
+    """A stream only where there is one, and `scatter` as its way out."""
+    names = ["first_norm.weight", "second_norm.weight"]
+    stream = "other layers write to the same channel (residual stream; pass `scatter=True`)"
+    report = shrink_(Stream(nn.ReLU()), IMAGES)
+    assert report.reasons == {name: {stream: 2} for name in names}
+    assert shrink_(Stream(nn.ReLU()), IMAGES, scatter=True).reasons == {}
+
+    sigmoid = shrink_(Stream(nn.Sigmoid()), IMAGES).reasons
+    assert {why for each in sigmoid.values() for why in each} == {
+        stream,
+        "`sigmoid` makes something else of zero",
+    }

@@ -66,6 +66,7 @@ STATED: dict[str, Callable[[Stated, Tensor], Tensor]] = {
     "uneven split": split_unevenly,
     "equal split": split_by_attribute,
     "root of the width": lambda self, x: x / x.shape[1] ** 0.5,
+    "width in a tensor": lambda self, x: x / torch.tensor(float(x.shape[1])),
     "sum over the width that only some images show": lambda self, x: (
         x + (x.sum(1, True) / x.shape[1] - 40).relu()
     ),
@@ -259,3 +260,59 @@ def test_one_line_that_fails_in_each_of_many_layers_fails_once():
     assert model.stem[0].out_channels == 6
     assert len(report.left) == 12
     assert model.calls <= 12
+
+
+def test_a_width_that_the_batch_hides_is_seen():
+    """What divides by it is negative behind a ReLU here, and is not for larger inputs."""
+
+    def hidden(self: Stated, x: Tensor) -> Tensor:
+        return x + F.relu(x.sum(1, keepdim=True) / x.shape[1] - 50)
+
+    model = Stated(hidden).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    larger = (1e4 * images,)
+    expected = outputs(model, larger, False)
+    shrink_(model, images)
+    torch.testing.assert_close(outputs(model, larger, False), expected)
+
+
+class Mlp(nn.Module):
+    """Two linear layers, one place in the code for all of its kind."""
+
+    def __init__(self, n_in: int, n_hidden: int, n_out: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(n_in, n_hidden), nn.Linear(n_hidden, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of each position alone."""
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class OfATable(nn.Module):
+    """Weights of positions that one Mlp makes, in rows of a known width, and another Mlp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlp, self.table = Mlp(8, 16, 8), Mlp(2, 6, 3)
+        self.head, self.out = nn.Linear(8, 3), nn.Linear(3, 2)
+        self.register_buffer("places", torch.randn(1, 5, 2))
+        with torch.no_grad():
+            for layer, n in ((self.mlp.fc1, 8), (self.head, 1)):
+                layer.weight[:n] = layer.bias[:n] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of five positions."""
+        x = x + self.mlp(x)
+        weights = self.table(self.places).view(-1, 3)
+        return self.out(self.head(x) * weights)
+
+
+def test_the_line_that_raises_is_the_one_that_states_a_width():
+    """And not a layer that ran before it, whose class does most of the work elsewhere."""
+    model, x = OfATable().double(), torch.randn(2, 5, 8, dtype=torch.double)
+    expected = model(x)
+    report = shrink_(model, x)
+    torch.testing.assert_close(model(x), expected)
+    assert (model.mlp.fc1.out_features, model.head.out_features) == (8, 3)
+    assert report.left.keys() == {"head.weight"}
