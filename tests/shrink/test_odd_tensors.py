@@ -34,12 +34,12 @@ class Plain:
 class Returning(nn.Module):
     """A network that returns what it is told to return of its logits and features."""
 
-    def __init__(self, returns: Callable[[Tensor, Tensor], object]) -> None:
+    def __init__(self, returns: Callable[[Tensor, Tensor], object], width: int = 8) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.a, self.a_bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-        self.b, self.b_bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
-        self.head, self.returns = nn.Linear(8, 4), returns
+        self.b, self.b_bn = nn.Conv2d(8, width, 3), nn.BatchNorm2d(width)
+        self.head, self.returns = nn.Linear(width, 4), returns
         zero_channels(self)
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +142,8 @@ def suppressed(self: Picking, logits: Tensor) -> Tensor:
 class Picking(Returning):
     """Returns as many results as values tell."""
 
-    def __init__(self, pick: Callable[[Picking, Tensor], Tensor]) -> None:
-        super().__init__(lambda logits, _: pick(self, logits))
+    def __init__(self, pick: Callable[[Picking, Tensor], Tensor], width: int = 8) -> None:
+        super().__init__(lambda logits, _: pick(self, logits), width)
 
 
 @pytest.mark.parametrize("pick", [largest_only, masked, one_by_one, suppressed])
@@ -164,7 +164,8 @@ def test_how_many_results_there_are_may_depend_on_rounding(pick, dtype):
 
 def residue(logits: Tensor) -> Tensor:
     """Rounding of single precision, of which double precision has next to none."""
-    return (logits * 3 - logits - logits - logits).abs().sum(1) > 1e-11
+    first = logits[:, 0]
+    return (first * 3 - first - first - first).abs() > 1e-11
 
 
 def rounded(self: Picking, logits: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def ranked(self: Picking, logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("pick", [rounded, ranked])
 def test_what_rounding_tells_is_compared_in_double_precision(pick):
     """Other sums of the same numbers pick other rows in single precision."""
-    model = Picking(pick)
+    model = Picking(pick, width=300)
     report = shrink_(model, torch.randn(256, 3, 8, 8))
-    assert report.channels == (8, 0)
+    assert report.channels == (154, 0)
     assert report.max_difference < 1e-12
