@@ -70,6 +70,9 @@ STATED: dict[str, Callable[[Stated, Tensor], Tensor]] = {
     "sum over the width that only some images show": lambda self, x: (
         x * (1 + (x.sum(1, True) / x.shape[1] - 40).relu())
     ),
+    "samples of each channel": lambda self, x: F.fractional_max_pool2d(
+        x, 2, output_size=4, _random_samples=torch.full((*x.shape[:2], 2), 0.5, dtype=x.dtype)
+    ),
     "tensor of its own": lambda self, x: x * self.weights[:, None, None],
     "slice of it": lambda self, x: x * self.weights[: x.shape[1], None, None],
 }

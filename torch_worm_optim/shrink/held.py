@@ -65,15 +65,20 @@ def held_masks(model: nn.Module, ticket: Mapping[str, Tensor]) -> dict[str, Tens
 @contextlib.contextmanager
 def only_held_zeros(cut: Cut, masks: Mapping[str, Tensor] | None) -> Iterator[None]:
     """The model with those zeros of trainable parameters that no mask removes replaced."""
+    if masks is None:
+        yield
+        return
     stand_ins: dict[int, nn.Parameter] = {}
-    for name, parameter in cut.model.named_parameters() if masks is not None else ():
+    for name, parameter in cut.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         alive = parameter.detach() == 0
-        if masks is not None and name in masks:
+        if name in masks:
             mask = masks[name]
             if name in cut.kept:
                 mask = cut_tensor(mask, cut.kept[name], cut.groups.get(name, 1))
             alive &= mask
-        if parameter.requires_grad and alive.any():
+        if alive.any():
             stand_ins[id(parameter)] = nn.Parameter(parameter.detach().masked_fill(alive, _TINY))
     places: list[tuple[dict[str, Any], str, Any]] = [
         (module._parameters, key, parameter)

@@ -347,7 +347,7 @@ def _refuse_spread(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with modes and random numbers put back afterwards."""
+    """Evaluation mode, with modes put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     caches = torch.is_autocast_cache_enabled()
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -358,7 +358,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         # Fused attention hides how it treats heads, and how many multiplications it takes.
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
-        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.set_autocast_cache_enabled(caches)

@@ -1,6 +1,6 @@
 """Which channels of a network can be cut out without changing what it computes.
 
-One forward pass is watched, operator by operator. Every index of every dimension of every tensor
+Forward passes are watched, operator by operator. Every index of every dimension of every tensor
 gets a label, an integer. Indices that can only be removed together, such as a convolution's output
 channel and the scale of the BatchNorm behind it, have labels that are joined. Of each activation it
 is known which channels are zero whatever the input is.
@@ -17,7 +17,7 @@ import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from traceback import walk_stack
 from types import FrameType
@@ -94,12 +94,12 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
         def finish(out: Any) -> None:
             is_step = computes(func) and bool(inputs)
             _label(known, func, args, kwargs, out)
-            at, after = (("at", len(steps)),), (("after", len(steps)),)
-            touched = tensors_in((args, kwargs, out))
-            for where, tensors in ((place, touched), (at, touched), (after, tensors_in(out))):
-                if where in limits.stay and (is_step or where == place):
-                    for tensor in tensors:
-                        known.pin_all(tensor, f"the forward states a width, `{limits.stay[where]}`")
+            here: list[tuple[Place, Any]] = [(place, (args, kwargs, out))]
+            if is_step:
+                here += [((("at", len(steps)),), here[0][1]), ((("after", len(steps)),), out)]
+            for where, touched in here:
+                for tensor in tensors_in(touched) if where in limits.stay else ():
+                    known.pin_all(tensor, f"the forward states a width, `{limits.stay[where]}`")
             if is_step:
                 results = tuple(map(known.known_labels, tensors_in(out)))
                 numbers = numbers_in(func, (args, kwargs))
@@ -114,14 +114,11 @@ def trace_channels(model: nn.Module, passes: Sequence[Pass], limits: Limits) -> 
         for each, outputs in zip(passes, watched(model, passes, watch), strict=True):
             for tensor in tensors_in((each.args, each.kwargs)) + tensors_of(outputs):
                 known.pin_all(tensor, "the model's output")
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if (
-            isinstance(module, _NormBase)
-            and len({known.info(t).is_used for t in own if t.dim()}) > 1
-        ):
-            for tensor in own:  # one of them may be another layer's as well
-                known.pin_all(tensor, "no batch uses all of a layer; pass `batches=`")
+    for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
+        own = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
+        is_used = {known.info(tensor).is_used for tensor in own if tensor.dim()}
+        for tensor in own if len(is_used) > 1 else ():  # one may be another layer's as well
+            known.pin_all(tensor, "no batch uses all of a layer; pass `batches=`")
     return _result(known, model, steps, places)
 
 
@@ -227,9 +224,9 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
     removable[root[PINNED]] = False
     why: dict[int, str] = {}
 
-    def keep(labels: Labels, reason: str) -> bool:
+    def keep(labels: Labels, reason: str, better: Mapping[int, str] = {}) -> bool:
         roots = root[labels]
-        why.update(dict.fromkeys(roots[removable[roots]].tolist(), reason))
+        why.update({r: better.get(r, reason) for r in roots[removable[roots]].tolist()})
         removable[roots] = False
         return len(roots) > 0
 
@@ -237,9 +234,7 @@ def _removable(known: LabelMap) -> tuple[Labels, Flags, dict[int, str]]:
         keep(labels, reason)
     ends = {r: reason for labels, reason in known.losses[::-1] for r in root[labels].tolist()}
     for labels, reason in known.live_reads:
-        roots = root[labels]
-        why.update({r: ends.get(r, reason) for r in roots[removable[roots]].tolist()})
-        removable[roots] = False
+        keep(labels, reason, ends)
     infos = [known.info(tensor) for tensor in known.named.values()]
     for info in infos:
         for labels in () if info.is_used else info.labels:
