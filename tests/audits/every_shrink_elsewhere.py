@@ -62,7 +62,7 @@ class OutOfTime(BaseException):
     """The time of a network is over; no Exception, which the package would take for its own."""
 
 
-class Settled(Exception):  # noqa: N818
+class SettledError(Exception):
     """The outcome of a network, and why."""
 
 
@@ -104,7 +104,7 @@ class Row:
         if not any(each.numel() for each in a) or any(each.isnan().any() for each in a):
             self.notes.append(f"{what} has no entries, or some that are no number")
         if worst > limit:
-            raise Settled("problem", f"{what} differs by {worst:.1g}")
+            raise SettledError("problem", f"{what} differs by {worst:.1g}")
 
     def __str__(self) -> str:
         """One line."""
@@ -301,7 +301,7 @@ def settles(outcome: str, what: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Settled(outcome, f"{what}{short(error)}") from error
+        raise SettledError(outcome, f"{what}{short(error)}") from error
 
 
 def try_one(name: str, case: Any, scatter: bool) -> Row:
@@ -309,7 +309,7 @@ def try_one(name: str, case: Any, scatter: bool) -> Row:
     row = Row(name)
     try:
         row.outcome = judged(row, case, scatter)
-    except Settled as end:
+    except SettledError as end:
         row.outcome, row.why = end.args
         row.trace = traceback.format_exc()
     return row
@@ -332,7 +332,7 @@ def judged(row: Row, case: Any, scatter: bool) -> str:
     try:
         opt = pruned(model)
     except Exception as error:
-        raise Settled("no selector" if is_its_own(error) else "crash", short(error)) from error
+        raise SettledError("no selector" if is_its_own(error) else "crash", short(error)) from error
     ticket = opt.final_mask or {}
     # Channels that the ticket keeps, by parameter.
     keeps = {
@@ -348,8 +348,8 @@ def judged(row: Row, case: Any, scatter: bool) -> str:
     except Exception as error:
         changed = differs(before, state_of(model))
         if changed or difference(expected, outputs(model, batch, False)):
-            raise Settled("problem", f"not put back: {changed}; {short(error)}") from error
-        raise Settled("refused" if is_its_own(error) else "crash", short(error)) from error
+            raise SettledError("problem", f"not put back: {changed}; {short(error)}") from error
+        raise SettledError("refused" if is_its_own(error) else "crash", short(error)) from error
     row.parameters = report.parameters
     row.reasons = dict(sum(map(Counter, report.reasons.values()), Counter()).most_common())
     for key, mask in keeps.items():

@@ -166,7 +166,7 @@ def pruned(name: str, dtype: torch.dtype) -> Training:
     take_steps(name, model, stepped, range(STEPS_BEFORE - 2))
     opt.prune(force=True)  # a few move nothing here, so that no second mask is drawn
     take_steps(name, model, stepped, range(STEPS_BEFORE - 2, STEPS_BEFORE))
-    opt.prune()  # what is around a WormOptimizer may bring back what it has removed
+    opt.prune()  # an optimizer around a WormOptimizer may bring removed entries back
     return model, opt, others, stepped
 
 
@@ -200,7 +200,7 @@ def difference(model: nn.Module, twin: nn.Module, kept: dict[str, Any]) -> float
 
 
 def judge(name: str) -> tuple[str, str]:
-    """What came of an optimizer: a class, and what there is to say."""
+    """The outcome of one optimizer: its class, and a text."""
     dtype, after = torch.double, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER)
     for dtype in (torch.double, torch.float):
         try:

@@ -201,8 +201,8 @@ def test_a_ticket_that_is_not_applied_is_refused():
         shrink_(nn.Linear(2, 2), torch.ones(1, 2), ticket=opt.final_mask)
 
 
-def test_dense_weights_that_were_put_back_are_pruned_first():
-    """Such as the best of a run that were found before the ticket."""
+def dense_again() -> tuple[nn.Module, WormOptimizer, dict[str, Tensor], WormOptimizer]:
+    """A pruned network that has got its first weights back, those, and an optimizer of before."""
     model = small_cnn(torch.double)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     opt = WormOptimizer(sgd, model, **SEARCH)
@@ -210,28 +210,26 @@ def test_dense_weights_that_were_put_back_are_pruned_first():
     while not opt.converged:
         train(model, opt, range(1))
     opt.prune()
-    images = torch.ones(1, 1, 6, 6, dtype=torch.double)
-    _, twin_opt = copy.deepcopy((model, opt))
-    expected = twin_opt.shrink(images).parameters
-
+    _, pruned = copy.deepcopy((model, opt))
     model.load_state_dict(best)
+    return model, opt, best, pruned
+
+
+def test_dense_weights_that_were_put_back_are_pruned_first():
+    """Such as the best of a run that were found before the ticket."""
+    model, opt, best, pruned = dense_again()
+    images = torch.ones(1, 1, 6, 6, dtype=torch.double)
+
     report = opt.shrink(images)
 
-    assert report.parameters == expected
+    assert report.parameters == pruned.shrink(images).parameters
     kept = report.kept["0.weight"][0]
     assert torch.equal(model[0].weight, best["0.weight"][kept])
 
 
 def test_dense_weights_are_there_again_after_a_failure():
     """With the optimizer's state."""
-    model = small_cnn(torch.double)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    opt = WormOptimizer(sgd, model, **SEARCH)
-    best = copy.deepcopy(model.state_dict())
-    while not opt.converged:
-        train(model, opt, range(1))
-    opt.prune()
-    model.load_state_dict(best)
+    model, opt, best, _ = dense_again()
     before = copy.deepcopy(opt.state_dict()["state"])
     with pytest.raises(RuntimeError, match="cannot be run with this batch"):
         opt.shrink(torch.ones(1, 2, 6, 6))

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from reference import reference_mask, reference_search
-from torch import nn
 from training import (
     BASES,
     SCALES,
@@ -21,7 +20,7 @@ from training import (
     weights_of,
 )
 
-from torch_worm_optim import ParameterSelector, Phase, WormOptimizer
+from torch_worm_optim import Phase, WormOptimizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*normalises gradients", "ignore:The search has truncated for"
@@ -193,39 +192,6 @@ def test_an_optimizer_that_evaluates_often_fades_once_a_step():
             assert torch.equal(new[~kept], old[~kept] * 0.5)
             assert (new[kept] != old[kept]).all()
     assert len(opt.history) == 3
-
-
-@pytest.mark.parametrize("truncate", ["gradient", "update"])
-def test_sparse_gradients_fade_as_dense_ones(truncate):
-    """Rows that no batch looks up fade too."""
-    runs = []
-    for sparse in (True, False):
-        torch.manual_seed(0)
-        model = nn.Embedding(9, 4, sparse=sparse)
-        opt = WormOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.5),
-            model,
-            ParameterSelector("*"),
-            sample_every=2,
-            stopping_point=0.0,
-            trigger="always",
-            truncation=0.25,
-            truncate=truncate,
-        )
-        for step in range(8):
-            before, mask = model.weight.detach().clone(), (opt.candidate_mask or {}).get("weight")
-            opt.zero_grad()
-            rows = torch.tensor([1, 3, step % 3])
-            (model(rows) * torch.arange(12.0).view(3, 4).cos()).sum().backward()
-            opt.step()
-            if mask is not None:
-                rest = ~mask[4:]
-                assert rest.any()
-                left = before[4:][rest] * 0.1**0.5
-                torch.testing.assert_close(model.weight.detach()[4:][rest], left)
-        runs.append(model.weight.detach())
-
-    torch.testing.assert_close(*runs)
 
 
 def test_a_step_that_a_scaler_skips_fades_nothing():
